@@ -54,7 +54,8 @@ OVERCOMMIT: Final = 11  # predicted KV peaks may sum to this many times the memo
 PATIENCE: Final = 12  # seconds without progress after which best effort is served first
 SHARE: Final = 13  # of a batch's tokens, for the one whose patience is over
 IDLE_CAP: Final = 14  # longest iteration of best-effort work beside promised decodes, in decode-only iterations
-LIMITS: Final = 15
+SHARED: Final = 15  # blocks counted more than once because requests share them
+LIMITS: Final = 16
 
 # Columns of the batch that `compose` fills.
 SLOT: Final = 0
@@ -86,14 +87,19 @@ def youngest_holder(whole: Any, order: Any, above: int, in_batch: Any, mid_prefi
 
 
 @compiled
-def drop(whole: Any, slot: int, evicted: Any, counts: Any) -> int:
-    """Take a request's KV away; returns the blocks gained. Its tokens are kept."""
-    gained = whole[HELD, slot]
+def drop(whole: Any, slot: int, limits: Any, evicted: Any, counts: Any) -> float:
+    """Take a request's KV away; returns the blocks surely gained. Its tokens are kept.
+
+    Any of its blocks may be one that others share, so as many as are shared count as not gained.
+    """
+    held = float(whole[HELD, slot])
+    kept = min(limits[SHARED], held)
+    limits[SHARED] -= kept
     whole[HELD, slot] = 0
     whole[COMPUTED, slot] = 0
     evicted[counts[EVICTED]] = slot
     counts[EVICTED] += 1
-    return int(gained)
+    return held - kept
 
 
 @compiled
@@ -259,7 +265,7 @@ def compose(
                     short -= 1.0
                 whole[KIND, victim] = BEST_EFFORT
                 whole[VERDICT, victim] = 7
-            free += drop(whole, victim, evicted, counts)
+            free += drop(whole, victim, limits, evicted, counts)
         for i in range(num_promised):
             slot = decodes[i]
             if whole[KIND, slot] != PROMISED or rows >= limits[MAX_ROWS] or tokens >= limits[MAX_TOKENS]:
@@ -294,8 +300,19 @@ def compose(
         if spare_order[i] != starving:
             line[size] = spare_order[i]
             size += 1
-    pending = False
+    pending = False  # admitted prefill is left over: the time is spoken for
+    blocked = False  # an admitted prompt waits for memory: nobody else may start
     filled = 0
+    # Where a started prompt cannot be dropped, its remaining blocks are spoken for: two half-done
+    # prompts that wait for each other's memory would never end.
+    owed = 0.0
+    if not mid_prefill:
+        for i in range(n):
+            slot = active[i]
+            if 0 < whole[COMPUTED, slot] < whole[KNOWN, slot] - 1 or (
+                whole[COMPUTED, slot] > 0 and whole[EMITTED, slot] == 0
+            ):
+                owed += blocks_for(float(whole[KNOWN, slot]), block_tokens) - whole[HELD, slot]
     for i in range(size):
         slot = line[i]
         if rows >= limits[MAX_ROWS] or tokens >= limits[MAX_TOKENS]:
@@ -305,6 +322,8 @@ def compose(
         if is_spare and slot != starving:
             if pending:
                 break
+            if blocked and whole[HELD, slot] == 0:
+                continue
             if num_promised > 0:
                 limit = max(min(alone * limits[IDLE_CAP], cap), period) / margin
             else:
@@ -331,6 +350,17 @@ def compose(
                 pending = True
             continue
         need = blocks_for(past + chunk, block_tokens) - whole[HELD, slot]
+        if not mid_prefill and past == 0.0:
+            rest = blocks_for(float(whole[KNOWN, slot]), block_tokens) - whole[HELD, slot]
+            while free < owed + rest:
+                victim = youngest_holder(whole, spare_order, -1, in_batch, mid_prefill)
+                if victim < 0 or victim == slot:
+                    break
+                free += drop(whole, victim, limits, evicted, counts)
+            if free < owed + rest:
+                blocked = blocked or not is_spare
+                continue
+            owed += rest
         while free < need:
             above = -1
             if is_spare and slot != starving:
@@ -347,7 +377,7 @@ def compose(
                         break
             if victim < 0:
                 break
-            free += drop(whole, victim, evicted, counts)
+            free += drop(whole, victim, limits, evicted, counts)
         if free < need:
             fits = (whole[HELD, slot] + free) * block_tokens - past
             chunk = min(chunk, fits)
@@ -355,12 +385,13 @@ def compose(
                 ends = np.floor((past + chunk) / limits[MULTIPLE]) * limits[MULTIPLE]
                 chunk = ends - past
             if chunk < 1.0:
-                if not is_spare:
-                    pending = True
+                blocked = blocked or not is_spare
                 continue
             need = blocks_for(past + chunk, block_tokens) - whole[HELD, slot]
         if not is_spare and chunk < left:
             pending = True
+        if not mid_prefill and (left > 1.0 or whole[EMITTED, slot] == 0):
+            owed -= need
         free -= need
         whole[HELD, slot] += need
         in_batch[slot] = True
@@ -380,7 +411,7 @@ def compose(
 
     # 7. Guesses for the decodes, when nothing waits for the time they would take.
     steps = 0
-    if limits[MAX_DRAFT] > 0 and num_chosen > 0 and filled == 0 and not pending:
+    if limits[MAX_DRAFT] > 0 and num_chosen > 0 and filled == 0 and not pending and not blocked:
         longest = cap / margin
         steps = draft_steps(real, whole, chosen[:num_chosen], perf, int(limits[MAX_DRAFT]), longest)
     for i in range(num_chosen):

@@ -161,12 +161,14 @@ class Scheduler:
         batch, evicted, counts = self._buffers_for(active.size)
         limits = self._limits
         limits[batching.FREE_BLOCKS] = self.free_blocks
+        limits[batching.SHARED] = self._shared
         predicted = batching.compose(
             self._table.real, self._table.whole, active, now, self._packed(), limits, batch, evicted, counts
         )
         chunks = tuple(self._chunk(row) for row in batch[: counts[batching.ROWS]].tolist())
         gone = tuple(self._table.request(slot).id for slot in evicted[: counts[batching.EVICTED]].tolist())
         self._held = int(self._table.whole[table.HELD][active].sum())
+        self._shared = int(limits[batching.SHARED])
         self._totals["preempted"] += len(gone)
         if chunks or gone:
             self._outstanding = _Outstanding({chunk.request_id: chunk for chunk in chunks}, predicted)

@@ -1,0 +1,248 @@
+"""The scheduler's promises to its drivers: memory, progress, order, honesty."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slos_serve.scheduler import (
+    Advance,
+    Capabilities,
+    PerfModel,
+    Piece,
+    PlannerConfig,
+    Request,
+    Scheduler,
+    Slo,
+    Stage,
+    StepReport,
+)
+from slos_serve.scheduler.simulator import SimulatedEngine, simulate
+
+PERF = PerfModel((Piece(0.010, 2e-5), Piece(0.004, 6e-5)), per_context=3e-8)
+CAPS = Capabilities(num_blocks=2000, block_tokens=16, max_batch_tokens=2048, max_batch_requests=64, max_context=4096)
+
+
+def request(
+    name: str, *, at: float = 0.0, prompt: int = 100, new: int = 20, ttft: float = 1.0, tpot: float = 0.1, **more: object
+) -> Request:
+    return Request(name, at, prompt, (Stage(new, Slo(ttft, tpot)),), **more)  # type: ignore[arg-type]
+
+
+def best_effort(name: str, *, at: float = 0.0, prompt: int = 100, new: int = 20) -> Request:
+    return Request(name, at, prompt, (Stage(new),), slo_class="best_effort")
+
+
+def run(requests: list[Request], caps: Capabilities = CAPS, config: PlannerConfig | None = None, **more: float):  # type: ignore[no-untyped-def]
+    scheduler = Scheduler(caps, PERF, config)
+    engine = SimulatedEngine(caps, PERF, np.random.default_rng(0), more.get("noise", 0.0))
+    outputs = {r.id: r.max_new_tokens for r in requests}
+    return simulate(requests, outputs, scheduler, engine), scheduler
+
+
+def test_a_request_alone_takes_what_the_model_says() -> None:
+    """One prompt and nineteen decodes take exactly the modelled iterations, one after another."""
+    outcomes, _ = run([request("a", prompt=100, new=20)])
+    times = outcomes["a"].token_times
+    assert len(times) == 20
+    assert times[0] == pytest.approx(0.010 + 100 * 2e-5)
+    assert times[1] - times[0] == pytest.approx(0.010 + 2e-5 + 100 * 3e-8)
+    assert outcomes["a"].attained
+
+
+def test_all_tokens_arrive_for_everyone() -> None:
+    """Every request of an overload gets every token, admitted or not."""
+    requests = [request(f"r{i}", at=0.01 * i, prompt=700, new=30, ttft=0.4) for i in range(120)]
+    outcomes, scheduler = run(requests)
+    assert all(len(outcome.token_times) == 30 for outcome in outcomes.values())
+    assert scheduler.free_blocks == CAPS.num_blocks
+
+
+def test_overload_keeps_promises_to_some() -> None:
+    """In a burst of twice what fits, about half attain: admission protects them instead of failing all."""
+    requests = [request(f"r{i}", at=0.0, prompt=1000, new=20, ttft=2.0, tpot=0.1) for i in range(60)]
+    outcomes, _ = run(requests)
+    assert 0.35 < np.mean([outcome.attained for outcome in outcomes.values()]) < 0.8
+
+
+def test_promises_hold_to_the_end() -> None:
+    """A request whose first token was in time keeps its pace to the last token when the model is right."""
+    rng = np.random.default_rng(5)
+    requests = [
+        request(f"r{i}", at=float(t), prompt=int(p), new=60, ttft=0.6, tpot=0.08)
+        for i, (t, p) in enumerate(zip(np.cumsum(rng.exponential(0.12, 150)), rng.integers(50, 1500, 150), strict=True))
+    ]
+    outcomes, _ = run(requests, noise=0.03)
+    in_time = [o for o in outcomes.values() if o.token_times[0] <= o.request.arrived_at + 0.6]
+    assert np.mean([o.attained for o in in_time]) > 0.98
+
+
+def test_best_effort_does_not_harm_a_promise() -> None:
+    """A backlog of best-effort work costs requests with SLOs nothing."""
+    wanted = [request(f"r{i}", at=0.2 * i, prompt=300, new=20, ttft=0.3, tpot=0.05) for i in range(20)]
+    load = [best_effort(f"b{i}", prompt=1500, new=100) for i in range(30)]
+    outcomes, _ = run(wanted + load, noise=0.02)
+    assert all(outcomes[r.id].attained for r in wanted)
+    assert all(len(outcomes[r.id].token_times) == 100 for r in load)
+
+
+def test_best_effort_is_not_starved_by_a_steady_overload() -> None:
+    """Under a stream of SLO work that fills the machine, an old best-effort request still ends."""
+    stream = [request(f"r{i}", at=0.08 * i, prompt=1200, new=10, ttft=1.0, tpot=0.1) for i in range(600)]
+    outcomes, _ = run([best_effort("old", prompt=400, new=20), *stream], config=PlannerConfig(patience=2.0))
+    last = outcomes["old"].token_times[-1]
+    assert last < stream[-1].arrived_at
+
+
+def test_memory_is_never_exceeded_and_preemption_keeps_tokens() -> None:
+    """With room for few requests, best effort is preempted for promises and still ends complete."""
+    caps = Capabilities(num_blocks=60, block_tokens=16, max_batch_tokens=512, max_batch_requests=16, max_context=900)
+    load = [best_effort(f"b{i}", prompt=300, new=100) for i in range(3)]
+    wanted = [request(f"r{i}", at=0.5 + 0.3 * i, prompt=300, new=20, ttft=1.0, tpot=0.1) for i in range(4)]
+    outcomes, scheduler = run(load + wanted, caps)
+    assert sum(outcome.preemptions for outcome in outcomes.values()) > 0
+    assert all(outcomes[r.id].attained for r in wanted)
+    assert all(len(outcomes[r.id].token_times) == 100 for r in load)
+    assert scheduler.free_blocks == caps.num_blocks
+
+
+def test_explicit_stages_change_the_pace() -> None:
+    """A thinking stage at 20 ms and an answer at 100 ms: due times follow the stage of each token."""
+    slow = PerfModel((Piece(0.05, 1e-6),))
+    stages = (Stage(5, Slo(1.0, 0.02)), Stage(5, Slo(1.0, 0.1)))
+    scheduler = Scheduler(CAPS, slow)
+    engine = SimulatedEngine(CAPS, slow)
+    outcomes = simulate([Request("a", 0.0, 10, stages)], {"a": 10}, scheduler, engine)
+    assert len(outcomes["a"].token_times) == 10
+    assert outcomes["a"].attained  # 50 ms a token: behind 20 ms paces, but one second of TTFT slack covers it
+
+
+def test_duplicate_ids_and_impossible_prompts_are_refused() -> None:
+    """An id in flight and a prompt larger than memory or context raise ValueError naming the request."""
+    scheduler = Scheduler(CAPS, PERF)
+    scheduler.add(request("a"), 0.0)
+    with pytest.raises(ValueError, match="'a' is already in flight"):
+        scheduler.add(request("a"), 0.0)
+    with pytest.raises(ValueError, match="prompt of 5000 tokens"):
+        scheduler.add(request("b", prompt=5000), 0.0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_impossible_slos_are_refused(value: float) -> None:
+    """Zero, negative, NaN and infinite SLOs raise ValueError naming the field and the value."""
+    with pytest.raises(ValueError, match="ttft must be a positive number of seconds, got"):
+        Slo(value, 0.1)
+    with pytest.raises(ValueError, match="tpot must be a positive number of seconds, got"):
+        Slo(0.1, value)
+
+
+def test_plan_and_report_alternate() -> None:
+    """A second plan before the report, and a report without a plan, are errors."""
+    scheduler = Scheduler(CAPS, PERF)
+    with pytest.raises(RuntimeError, match="without a plan"):
+        scheduler.report(StepReport(0.0, 0.1, ()))
+    scheduler.add(request("a"), 0.0)
+    assert scheduler.plan(0.0).chunks
+    with pytest.raises(RuntimeError, match="before the report"):
+        scheduler.plan(0.0)
+
+
+def test_wrong_block_counts_are_noticed() -> None:
+    """An engine whose free blocks differ from the scheduler's count is told so with both numbers."""
+    scheduler = Scheduler(CAPS, PERF)
+    scheduler.add(request("a", prompt=16), 0.0)
+    scheduler.plan(0.0)
+    with pytest.raises(RuntimeError, match=r"1990 free blocks, the scheduler counts 1999"):
+        scheduler.report(StepReport(0.0, 0.1, (Advance("a", 16, 1),), free_blocks=1990))
+
+
+def test_speculation_is_chosen_by_cost() -> None:
+    """Guesses are made where extra tokens are cheap and accepted, and none where they are not."""
+    caps = Capabilities(2000, 16, 2048, 64, 4096, max_draft=4)
+    cheap, dear = PerfModel((Piece(0.03, 1e-5, 1e-3),)), PerfModel((Piece(0.001, 2e-3, 5e-3),))
+    drafted = []
+    for perf in (cheap, dear):
+        scheduler = Scheduler(caps, perf)
+        engine = SimulatedEngine(caps, perf, np.random.default_rng(0))
+        steps: list[int] = []
+        simulate(
+            [request(f"r{i}", new=50) for i in range(4)],
+            {f"r{i}": 50 for i in range(4)},
+            scheduler,
+            engine,
+            acceptance=0.8,
+            on_step=lambda plan, _, steps=steps: steps.append(max((c.draft for c in plan.chunks), default=0)),
+        )
+        drafted.append(max(steps))
+    assert drafted[0] > 0
+    assert drafted[1] == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(20, 200), st.sampled_from([1, 8, 16]), st.booleans())
+def test_random_traffic_keeps_the_invariants(seed: int, blocks: int, multiple: int, mid_prefill: bool) -> None:
+    """Any mix of arrivals, cancels and lengths: batches stay inside every limit and everything ends."""
+    rng = np.random.default_rng(seed)
+    caps = Capabilities(blocks, 16, 256, 8, 640, chunk_multiple=multiple, can_preempt_mid_prefill=mid_prefill, max_draft=3)
+    scheduler = Scheduler(caps, PERF, PlannerConfig(patience=0.5))
+    engine = SimulatedEngine(caps, PERF, rng, 0.05)
+    most = min(caps.max_context, blocks * 16)
+    now, live, arrived = 0.0, set[str](), 0
+    for _ in range(400):
+        if arrived < 30 and rng.random() < 0.3:
+            name = f"r{arrived}"
+            arrived += 1
+            new = int(rng.integers(1, max(most // 4, 2)))
+            prompt = int(rng.integers(1, most - new))
+            slo = Slo(float(rng.uniform(0.02, 2)), float(rng.uniform(0.01, 0.2))) if rng.random() < 0.7 else None
+            item = Request(name, now, prompt, (Stage(new, slo),), weight=float(rng.uniform(0.1, 3)))
+            engine.add(item, int(rng.integers(1, new + 1)), acceptance=0.6)
+            scheduler.add(item, now)
+            live.add(name)
+        if live and rng.random() < 0.05:
+            victim = sorted(live)[int(rng.integers(len(live)))]
+            assert scheduler.cancel(victim)
+            assert not scheduler.cancel(victim)
+            engine.release(victim)
+            live.discard(victim)
+        plan = scheduler.plan(now)
+        assert len(plan.chunks) <= caps.max_batch_requests
+        assert sum(chunk.length for chunk in plan.chunks) <= caps.max_batch_tokens
+        assert len({chunk.request_id for chunk in plan.chunks}) == len(plan.chunks)
+        assert all(chunk.draft < chunk.length for chunk in plan.chunks)
+        assert scheduler.free_blocks >= 0
+        if live:
+            assert plan.chunks, f"nothing runs: {scheduler!r}"
+        if not plan.chunks:
+            now += 0.01
+            continue
+        report = engine.step(plan, now)
+        scheduler.report(report)
+        now = report.finished_at
+        live -= {advance.request_id for advance in report.advances if advance.done}
+    while live:
+        report = engine.step(scheduler.plan(now), now)
+        scheduler.report(report)
+        now = report.finished_at
+        live -= {advance.request_id for advance in report.advances if advance.done}
+    assert scheduler.free_blocks == caps.num_blocks
+
+
+def test_equal_calls_give_equal_plans() -> None:
+    """A recorded sequence of calls replays to exactly the same plans."""
+    rng = np.random.default_rng(11)
+    requests = [request(f"r{i}", at=float(t), prompt=int(rng.integers(10, 900))) for i, t in enumerate(np.sort(rng.uniform(0, 3, 40)))]
+    plans, reports = [], []
+    for _ in range(2):
+        scheduler = Scheduler(CAPS, PERF)
+        engine = SimulatedEngine(CAPS, PERF, np.random.default_rng(2), 0.05)
+        seen: list[object] = []
+        simulate(requests, {r.id: 20 for r in requests}, scheduler, engine, on_step=lambda p, r, seen=seen: seen.append((p, r)))
+        plans.append([p for p, _ in seen])  # type: ignore[misc]
+        reports.append([r for _, r in seen])  # type: ignore[misc]
+    assert plans[0] == plans[1]
+    assert reports[0] == reports[1]
