@@ -8,7 +8,7 @@ its `dims` say [-1].
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -117,11 +117,13 @@ def encode(values: Mapping[str, Any]) -> dict[str, Array]:
         field = INPUT_BY_NAME.get(name)
         if field is None:
             raise ValueError(f"unknown field {name!r}; known: {', '.join(sorted(INPUT_BY_NAME))}")
-        items: Sequence[Any] = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+        items: list[Any] = list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value]
         if field.dtype == "BYTES":
             items = [item.encode() if isinstance(item, str) else item for item in items]
         try:
             arrays[name] = np.array(items, dtype=numpy_dtype(field))
+            if field.dtype in ("INT32", "UINT64") and arrays[name].tolist() != list(items):
+                raise ValueError  # numpy may cut a number to fit
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: expected {field.dtype}, got {value!r}") from error
     return arrays

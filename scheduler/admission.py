@@ -70,7 +70,7 @@ def batch_seconds(perf: Any, tokens: float, context: float, area: float, steps: 
         at = FIRST_PIECE + 3 * i
         line = max(line, perf[at] + perf[at + 1] * tokens + perf[at + 2] * steps)
     raw = line + perf[CONTEXT] * context + perf[AREA] * area
-    return max(perf[OFFSET] + perf[SCALE] * raw, 0.2 * raw)
+    return float(max(perf[OFFSET] + perf[SCALE] * raw, 0.2 * raw))
 
 
 @compiled
@@ -104,7 +104,7 @@ def finish_after(perf: Any, period: float, decodes: float, context: float, token
     whole = max(whole, 0.0)
     rest = tokens - whole * per_iteration
     extra = perf[SCALE] * perf[AREA] * area * slack
-    return whole * period + batch_seconds(perf, rest + decodes, context, 0.0, 0.0) * slack + extra
+    return float(whole * period + batch_seconds(perf, rest + decodes, context, 0.0, 0.0) * slack + extra)
 
 
 @compiled

@@ -8,6 +8,8 @@
 
 The period is the shortest that meets the admitted deadlines with a reserve (just in time), never longer
 than the first due token allows. Best-effort KV is dropped last-in-first-out whenever a promise needs it.
+
+`compose` is the whole of it: six steps over the columns of `table`, each a compiled function below it.
 """
 
 from __future__ import annotations
@@ -16,12 +18,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from .admission import admit, batch_seconds, finish_after, shortest_period, tokens_within
+from .admission import AREA as AREA_TERM
+from .admission import MARGIN, Verdict, admit, batch_seconds, shortest_period, tokens_within
 from .jit import compiled
-from .perf import BatchShape as BatchShape
 from .table import (
     ACCEPT,
-    ARRIVED,
     BEST_EFFORT,
     COMPUTED,
     DUE,
@@ -38,7 +39,10 @@ from .table import (
     VERDICT,
 )
 
-# Layout of `limits` (float64).
+_MISSED: Final = int(Verdict.MISSED)
+_RELEGATED: Final = int(Verdict.RELEGATED)
+
+# `limits`: what the engine and the configuration allow (float64), and the memory there is.
 FREE_BLOCKS: Final = 0
 NUM_BLOCKS: Final = 1
 BLOCK_TOKENS: Final = 2
@@ -57,71 +61,234 @@ IDLE_CAP: Final = 14  # longest iteration of best-effort work beside promised de
 SHARED: Final = 15  # blocks counted more than once because requests share them
 LIMITS: Final = 16
 
-# Columns of the batch that `compose` fills.
+# `batch`: one row for each chunk.
 SLOT: Final = 0
 START: Final = 1
-LENGTH_: Final = 2
+SIZE: Final = 2
 DRAFT: Final = 3
 
-# What `compose` returns beside the batch.
+# `counts`: what was composed.
 ROWS: Final = 0
 EVICTED: Final = 1
 STEPS: Final = 2
 
-
-@compiled
-def blocks_for(tokens: float, block_tokens: float) -> int:
-    return int(np.ceil(tokens / block_tokens))
-
-
-@compiled
-def youngest_holder(whole: Any, order: Any, above: int, in_batch: Any, mid_prefill: bool) -> int:
-    """The last of `order` (after index `above`) that holds blocks and is not in the batch; -1 if none."""
-    for i in range(order.size - 1, above, -1):
-        slot = order[i]
-        if whole[HELD, slot] > 0 and not in_batch[slot]:
-            started = 0 < whole[COMPUTED, slot] < whole[KNOWN, slot] - 1
-            if mid_prefill or not started:
-                return int(slot)
-    return -1
+# `load`: the batch as it grows (float64).
+TOKENS: Final = 0
+CONTEXT: Final = 1
+PREFILL_AREA: Final = 2
+MEMBERS: Final = 3  # requests in the batch
+DECODES: Final = 4  # of them, decodes
+OWED: Final = 5  # blocks spoken for by started prompts that cannot be dropped
+LOADS: Final = 6
 
 
 @compiled
-def drop(whole: Any, slot: int, limits: Any, evicted: Any, counts: Any) -> float:
-    """Take a request's KV away; returns the blocks surely gained. Its tokens are kept.
+def blocks_for(tokens: float, block_tokens: float) -> float:
+    return float(np.ceil(tokens / block_tokens))
+
+
+@compiled
+def is_decode(whole: Any, slot: int) -> bool:
+    """Only its last token is not computed, and that token is output."""
+    return bool(whole[EMITTED, slot] > 0 and whole[KNOWN, slot] - whole[COMPUTED, slot] == 1)
+
+
+@compiled
+def is_started(whole: Any, slot: int) -> bool:
+    """Somewhere inside its prompt (or what stands for it after a preemption)."""
+    return bool(whole[COMPUTED, slot] > 0 and not is_decode(whole, slot))
+
+
+@compiled
+def whole_chunk(past: float, left: float, most: float, multiple: float) -> float:
+    """At most `most` of `left` tokens from `past`; a chunk that leaves some ends at a multiple."""
+    chunk = np.floor(min(left, most))
+    if chunk < left:
+        chunk = np.floor((past + chunk) / multiple) * multiple - past
+    return float(chunk)
+
+
+# Memory
+
+
+@compiled
+def drop(whole: Any, slot: int, limits: Any, evicted: Any, counts: Any) -> None:
+    """Take a request's KV away; its tokens are kept.
 
     Any of its blocks may be one that others share, so as many as are shared count as not gained.
     """
     held = float(whole[HELD, slot])
     kept = min(limits[SHARED], held)
     limits[SHARED] -= kept
+    limits[FREE_BLOCKS] += held - kept
     whole[HELD, slot] = 0
     whole[COMPUTED, slot] = 0
     evicted[counts[EVICTED]] = slot
     counts[EVICTED] += 1
-    return held - kept
 
 
 @compiled
-def draft_steps(real: Any, whole: Any, decodes: Any, perf: Any, limit: int, longest: float) -> int:
+def last_holder(whole: Any, order: Any, first: int, in_batch: Any, limits: Any) -> int:
+    """The last of `order[first:]` that holds blocks, is not in the batch and may be dropped; -1 if none."""
+    for i in range(order.size - 1, first - 1, -1):
+        slot = order[i]
+        if whole[HELD, slot] > 0 and not in_batch[slot] and (limits[MID_PREFILL] > 0.5 or not is_started(whole, slot)):
+            return int(slot)
+    return -1
+
+
+@compiled
+def largest_promised(whole: Any, decodes: Any) -> int:
+    victim = -1
+    for slot in decodes:
+        if whole[KIND, slot] == PROMISED and (victim < 0 or whole[HELD, slot] >= whole[HELD, victim]):
+            victim = slot
+    return victim
+
+
+@compiled
+def needs_block(whole: Any, slot: int, limits: Any) -> bool:
+    return bool(whole[COMPUTED, slot] >= whole[HELD, slot] * limits[BLOCK_TOKENS])
+
+
+@compiled
+def make_room_for_decodes(
+    whole: Any, decodes: Any, accepted: Any, spare: Any, in_batch: Any, limits: Any, evicted: Any, counts: Any
+) -> None:
+    """Blocks for every promised decode: from best effort, then from unfinished prompts, then the largest promise."""
+    short = 0.0
+    for slot in decodes:
+        if needs_block(whole, slot, limits):
+            short += 1.0
+    while limits[FREE_BLOCKS] < short:
+        victim = last_holder(whole, spare, 0, in_batch, limits)
+        if victim < 0:
+            victim = last_holder(whole, accepted, 0, in_batch, limits)
+        if victim < 0:
+            victim = largest_promised(whole, decodes)
+            if victim < 0:
+                return
+            if needs_block(whole, victim, limits):
+                short -= 1.0
+            whole[KIND, victim] = BEST_EFFORT
+            whole[VERDICT, victim] = _RELEGATED
+        drop(whole, victim, limits, evicted, counts)
+
+
+@compiled
+def may_start(
+    whole: Any, slot: int, spare: Any, in_batch: Any, limits: Any, load: Any, evicted: Any, counts: Any
+) -> bool:
+    """Where a started prompt cannot be dropped, it must find its whole memory before it starts.
+
+    Two half-done prompts that wait for each other's blocks would never end.
+    """
+    if limits[MID_PREFILL] > 0.5 or whole[COMPUTED, slot] > 0:
+        return True
+    rest = blocks_for(float(whole[KNOWN, slot]), limits[BLOCK_TOKENS]) - whole[HELD, slot]
+    while limits[FREE_BLOCKS] < load[OWED] + rest:
+        victim = last_holder(whole, spare, 0, in_batch, limits)
+        if victim < 0 or victim == slot:
+            return False
+        drop(whole, victim, limits, evicted, counts)
+    load[OWED] += rest
+    return True
+
+
+@compiled
+def make_room(
+    whole: Any,
+    slot: int,
+    need: float,
+    position: int,
+    accepted: Any,
+    spare: Any,
+    in_batch: Any,
+    limits: Any,
+    load: Any,
+    evicted: Any,
+    counts: Any,
+) -> None:
+    """Free up to `need` blocks for `slot`, which stands at `position` of `spare` (-1: it may take from all)."""
+    while limits[FREE_BLOCKS] < need:
+        victim = last_holder(whole, spare, position + 1, in_batch, limits)
+        if victim < 0 and position < 0 and load[MEMBERS] == 0:
+            # Nothing runs at all: admitted prompts wait for each other, so the last of them gives way.
+            victim = last_holder(whole, accepted, 0, in_batch, limits)
+        if victim < 0 or victim == slot:
+            return
+        drop(whole, victim, limits, evicted, counts)
+
+
+# Time
+
+
+@compiled
+def period_of(
+    real: Any, whole: Any, accepted: Any, now: float, first_due: float, load: Any, perf: Any, limits: Any
+) -> tuple[float, float, bool]:
+    """How long this iteration may be with promises only, and with best effort; and whether decodes wait.
+
+    `load` holds the promised decodes. Seconds, planning margin included.
+    """
+    margin = 1.0 + perf[MARGIN]
+    alone = batch_seconds(perf, load[DECODES], load[CONTEXT], 0.0, 0.0) * margin
+    cap = limits[CAP]
+    if load[DECODES] > 0:
+        cap = min(cap, first_due - now)
+    cap = max(cap, alone)
+    period = cap
+    if load[DECODES] > 0:
+        floor = min(alone * limits[FLOOR], cap)
+        period = shortest_period(
+            real, whole, accepted, accepted.size, perf, now, floor, cap, load[DECODES], load[CONTEXT], limits[RESERVE]
+        )
+    idle = max(min(alone * limits[IDLE_CAP], cap), period) if load[DECODES] > 0 else cap
+    if accepted.size > 0:
+        head = accepted[0]
+        left = float(whole[KNOWN, head] - whole[COMPUTED, head])
+        area = left * (whole[COMPUTED, head] + 0.5 * left)
+        wait = real[DUE, head] - now
+        mixed = batch_seconds(perf, left + load[DECODES], load[CONTEXT], area, 0.0) * margin
+        pure = batch_seconds(perf, left, 0.0, area, 0.0) * margin
+        if mixed <= wait:
+            period = min(period, max(wait, mixed))
+        elif pure <= wait and load[DECODES] > 0 and pure + alone <= first_due - now:
+            # The prompt would miss beside the decodes, and all of them can wait for it.
+            wait = min(wait, first_due - now - alone)
+            return wait / margin, wait / margin, True
+    return period / margin, idle / margin, False
+
+
+@compiled
+def prompt_tokens_within(perf: Any, seconds: float, load: Any, past: float, left: float) -> float:
+    """Prompt tokens that still fit into an iteration of `seconds`, their attention included."""
+    most = tokens_within(perf, seconds, load[CONTEXT], load[PREFILL_AREA], 0.0) - load[TOKENS]
+    if perf[AREA_TERM] > 0.0:
+        for _ in range(2):
+            chunk = max(min(left, most), 0.0)
+            area = load[PREFILL_AREA] + chunk * (past + 0.5 * chunk)
+            most = tokens_within(perf, seconds, load[CONTEXT], area, 0.0) - load[TOKENS]
+    return float(most)
+
+
+@compiled
+def draft_steps(real: Any, whole: Any, decodes: Any, load: Any, perf: Any, limit: int, longest: float) -> int:
     """Guesses per decode that give most tokens per second within `longest` seconds; 0 when none pays.
 
     With acceptance a, n guesses yield (1 - a^(n+1)) / (1 - a) tokens (Leviathan et al., 2023). The cost
     is the model's: n + 1 verified tokens each and n draft steps.
     """
     best = 0
-    context = 0.0
-    for i in range(decodes.size):
-        context += whole[COMPUTED, decodes[i]]
-    base = decodes.size / batch_seconds(perf, decodes.size, context, 0.0, 0.0)
-    best_rate = base * 1.05
+    # Guesses must win clearly: their cost is better known than their gain.
+    best_rate = 1.05 * decodes.size / batch_seconds(perf, decodes.size, load[CONTEXT], 0.0, 0.0)
     for steps in range(1, limit + 1):
         gain = 0.0
-        for i in range(decodes.size):
-            accept = min(real[ACCEPT, decodes[i]], 0.999)
-            own = min(steps, int(whole[LEFT, decodes[i]]) - 1)
+        for slot in decodes:
+            accept = min(real[ACCEPT, slot], 0.999)
+            own = min(steps, int(whole[LEFT, slot]) - 1)
             gain += (1.0 - accept ** (own + 1)) / (1.0 - accept)
-        seconds = batch_seconds(perf, decodes.size * (steps + 1.0), context, 0.0, steps)
+        seconds = batch_seconds(perf, decodes.size * (steps + 1.0), load[CONTEXT], 0.0, steps)
         if seconds > longest:
             break
         if gain / seconds > best_rate:
@@ -129,313 +296,258 @@ def draft_steps(real: Any, whole: Any, decodes: Any, perf: Any, limit: int, long
     return best
 
 
+# The steps of compose
+
+
 @compiled
-def compose(
-    real: Any,
-    whole: Any,
-    active: Any,
-    now: float,
-    perf: Any,
-    limits: Any,
-    batch: Any,
-    evicted: Any,
-    counts: Any,
-) -> float:
-    """Fill `batch` (rows of slot, start, length, draft) and `evicted`; returns the predicted seconds.
+def classify(
+    real: Any, whole: Any, active: Any, now: float, perf: Any, limits: Any, promised: Any, waiting: Any, load: Any
+) -> tuple[int, int, float, float, float]:
+    """Sort the live requests into promised and provisional; a passed deadline ends a provisional one.
 
-    `active` lists the live slots in order of arrival; `counts` receives rows, evictions, draft steps.
-    Marks verdicts in `whole`. Blocks of evicted requests are counted free; `limits[FREE_BLOCKS]` is
-    left at what remains after the batch.
+    Returns how many of each, the tightest TPOT and the earliest reachable due time of the promised
+    (seconds), and the blocks their predicted peaks leave.
     """
-    counts[:] = 0
-    margin = 1.0 + perf[5]
-    block_tokens = limits[BLOCK_TOKENS]
-    free = limits[FREE_BLOCKS]
-    mid_prefill = limits[MID_PREFILL] > 0.5
-    in_batch = np.zeros(whole.shape[1], np.bool_)
-
-    # 1. Who is who.
-    n = active.size
-    promised = np.empty(n, np.int64)
-    waiting = np.empty(n, np.int64)
-    num_promised = 0
-    num_waiting = 0
-    context = 0.0
+    num_promised = num_waiting = 0
+    tightest = first_due = np.inf
     peak = 0.0
-    tightest = np.inf
-    first_due = np.inf
-    floor_seconds = batch_seconds(perf, 1.0, 0.0, 0.0, 0.0)
-    for i in range(n):
-        slot = active[i]
+    soonest = now + batch_seconds(perf, 1.0, 0.0, 0.0, 0.0)
+    for slot in active:
         kind = whole[KIND, slot]
-        if kind == PROVISIONAL and real[DUE, slot] < now:
-            whole[KIND, slot] = BEST_EFFORT
-            whole[VERDICT, slot] = 6
-        elif kind == PROVISIONAL:
-            waiting[num_waiting] = slot
-            num_waiting += 1
+        if kind == PROVISIONAL:
+            if real[DUE, slot] < now:
+                whole[KIND, slot] = BEST_EFFORT
+                whole[VERDICT, slot] = _MISSED
+            else:
+                waiting[num_waiting] = slot
+                num_waiting += 1
         elif kind == PROMISED:
             promised[num_promised] = slot
             num_promised += 1
-            context += whole[COMPUTED, slot]
-            peak += np.ceil(max(real[LENGTH, slot], float(whole[KNOWN, slot])) / block_tokens)
+            load[CONTEXT] += whole[COMPUTED, slot]
+            peak += blocks_for(max(real[LENGTH, slot], float(whole[KNOWN, slot])), limits[BLOCK_TOKENS])
             tightest = min(tightest, real[TPOT, slot])
-            if real[DUE, slot] >= now + floor_seconds:
+            # A token that is late whatever runs now must not shorten every iteration for the others.
+            if real[DUE, slot] >= soonest:
                 first_due = min(first_due, real[DUE, slot])
-    decodes = promised[:num_promised]
+        if limits[MID_PREFILL] < 0.5 and is_started(whole, slot):
+            load[OWED] += blocks_for(float(whole[KNOWN, slot]), limits[BLOCK_TOKENS]) - whole[HELD, slot]
+    load[DECODES] = num_promised
+    return num_promised, num_waiting, tightest, first_due, limits[NUM_BLOCKS] * limits[OVERCOMMIT] - peak
 
-    # 2. Who is admitted.
-    order = waiting[:num_waiting][np.argsort(real[DUE][waiting[:num_waiting]], kind="mergesort")]
-    accepted = np.empty(num_waiting + 1, np.int64)
-    verdict = np.zeros(num_waiting, np.int64)
-    room = limits[NUM_BLOCKS] * limits[OVERCOMMIT] - peak
-    num_accepted = admit(
-        real, whole, order, accepted, verdict, perf, now, limits[CAP], float(num_promised), context,
-        tightest, first_due - now, room, int(block_tokens),
-    )  # fmt: skip
-    admitted = np.zeros(whole.shape[1], np.bool_)
-    for i in range(num_waiting):
-        whole[VERDICT, order[i]] = verdict[i]
-    for i in range(num_accepted):
-        admitted[accepted[i]] = True
 
-    # 3. Best effort in order of service: the oldest first; also the victims, youngest first.
-    spare = np.empty(n, np.int64)
+@compiled
+def serving_order(
+    real: Any, whole: Any, active: Any, now: float, accepted: Any, admitted: Any, limits: Any, line: Any, spare: Any
+) -> tuple[int, int, int]:
+    """Who is served after the decodes, in order, and best effort by age; returns their numbers and the starving one."""
     num_spare = 0
-    for i in range(n):
-        slot = active[i]
-        if whole[KIND, slot] == BEST_EFFORT or (whole[KIND, slot] == PROVISIONAL and not admitted[slot]):
+    starving = -1
+    for slot in active:
+        if whole[KIND, slot] != PROMISED and not admitted[slot]:
             spare[num_spare] = slot
             num_spare += 1
-    spare_order = spare[:num_spare]
-
-    # 4. The period.
-    alone = batch_seconds(perf, float(num_promised), context, 0.0, 0.0) * margin
-    cap = limits[CAP]
-    if num_promised > 0:
-        cap = min(cap, max(first_due - now, alone))
-    cap = max(cap, alone)
-    period = cap
-    if num_promised > 0:
-        floor = min(max(alone * limits[FLOOR], alone), cap)
-        period = shortest_period(
-            real, whole, accepted, num_accepted, perf, now, floor, cap, float(num_promised), context, limits[RESERVE]
-        )
-    without_decodes = False
-    if num_accepted > 0:
-        head = accepted[0]
-        left = float(whole[KNOWN, head] - whole[COMPUTED, head])
-        own = left * (whole[COMPUTED, head] + 0.5 * left)
-        wait = real[DUE, head] - now
-        mixed = batch_seconds(perf, left + num_promised, context, own, 0.0) * margin
-        pure = batch_seconds(perf, left, 0.0, own, 0.0) * margin
-        if mixed <= wait:
-            period = min(period, max(wait, mixed))
-        elif pure <= wait and num_promised > 0 and pure + alone <= first_due - now:
-            without_decodes = True
-            period = min(wait, first_due - now - alone)
-    budget = period / margin
-
-    # 5. Decodes of promised requests; memory for them comes from best effort, then from the largest.
-    rows = 0
-    tokens = area = batch_context = 0.0
-    chosen = np.empty(n, np.int64)
-    num_chosen = 0
-    if not without_decodes:
-        short = 0.0
-        for i in range(num_promised):
-            if whole[COMPUTED, decodes[i]] >= whole[HELD, decodes[i]] * block_tokens:
-                short += 1.0
-        while free < short:
-            victim = youngest_holder(whole, spare_order, -1, in_batch, mid_prefill)
-            if victim < 0:
-                for i in range(num_accepted - 1, -1, -1):
-                    if whole[HELD, accepted[i]] > 0 and mid_prefill:
-                        victim = accepted[i]
-                        break
-            if victim < 0:
-                held = 0
-                for i in range(num_promised):
-                    slot = decodes[i]
-                    if whole[KIND, slot] == PROMISED and whole[HELD, slot] >= held:
-                        victim, held = slot, whole[HELD, slot]
-                if victim < 0:
-                    break
-                if whole[COMPUTED, victim] >= whole[HELD, victim] * block_tokens:
-                    short -= 1.0
-                whole[KIND, victim] = BEST_EFFORT
-                whole[VERDICT, victim] = 7
-            free += drop(whole, victim, limits, evicted, counts)
-        for i in range(num_promised):
-            slot = decodes[i]
-            if whole[KIND, slot] != PROMISED or rows >= limits[MAX_ROWS] or tokens >= limits[MAX_TOKENS]:
-                continue
-            chosen[num_chosen] = slot
-            num_chosen += 1
-            rows += 1
-            tokens += 1.0
-            batch_context += whole[COMPUTED, slot]
-            in_batch[slot] = True
-            if whole[COMPUTED, slot] >= whole[HELD, slot] * block_tokens:
-                whole[HELD, slot] += 1
-                free -= 1.0
-
-    # 6. Prefill: one starving best-effort request's share, then the admitted by deadline, then the rest.
-    line = np.empty(num_accepted + num_spare + 1, np.int64)
+            if now - real[SERVED, slot] > limits[PATIENCE] and (
+                starving < 0 or real[SERVED, slot] < real[SERVED, starving]
+            ):
+                starving = slot
     size = 0
-    starving = -1
-    for i in range(num_spare):
-        slot = spare_order[i]
-        if now - real[SERVED, slot] > limits[PATIENCE] and (
-            starving < 0 or real[SERVED, slot] < real[SERVED, starving]
-        ):
-            starving = slot
     if starving >= 0:
         line[size] = starving
         size += 1
-    for i in range(num_accepted):
-        line[size] = accepted[i]
+    for slot in accepted:
+        line[size] = slot
         size += 1
     for i in range(num_spare):
-        if spare_order[i] != starving:
-            line[size] = spare_order[i]
+        if spare[i] != starving:
+            line[size] = spare[i]
             size += 1
+    return size, num_spare, starving
+
+
+@compiled
+def place_decode(whole: Any, slot: int, chosen: Any, in_batch: Any, load: Any) -> None:
+    """A decode joins the batch; its row is written when the guesses are known."""
+    chosen[int(load[DECODES])] = slot
+    load[DECODES] += 1
+    load[MEMBERS] += 1
+    load[TOKENS] += 1.0
+    load[CONTEXT] += whole[COMPUTED, slot]
+    in_batch[slot] = True
+
+
+@compiled
+def place_promised(whole: Any, decodes: Any, chosen: Any, in_batch: Any, limits: Any, load: Any) -> None:
+    """Every promised decode that is still promised after room was made for them."""
+    for slot in decodes:
+        if whole[KIND, slot] != PROMISED or load[MEMBERS] >= limits[MAX_ROWS] or load[TOKENS] >= limits[MAX_TOKENS]:
+            continue
+        if needs_block(whole, slot, limits):
+            whole[HELD, slot] += 1
+            limits[FREE_BLOCKS] -= 1.0
+        place_decode(whole, slot, chosen, in_batch, load)
+
+
+@compiled
+def place_line(
+    whole: Any,
+    line: Any,
+    accepted: Any,
+    spare: Any,
+    admitted: Any,
+    starving: int,
+    period: float,
+    idle: float,
+    chosen: Any,
+    in_batch: Any,
+    perf: Any,
+    limits: Any,
+    load: Any,
+    batch: Any,
+    evicted: Any,
+    counts: Any,
+) -> bool:
+    """Fill the iteration in the order of `line`; returns whether admitted prefill had to be left over.
+
+    `period` seconds for the starving and the admitted, `idle` seconds for best effort.
+    """
     pending = False  # admitted prefill is left over: the time is spoken for
     blocked = False  # an admitted prompt waits for memory: nobody else may start
-    filled = 0
-    # Where a started prompt cannot be dropped, its remaining blocks are spoken for: two half-done
-    # prompts that wait for each other's memory would never end.
-    owed = 0.0
-    if not mid_prefill:
-        for i in range(n):
-            slot = active[i]
-            if 0 < whole[COMPUTED, slot] < whole[KNOWN, slot] - 1 or (
-                whole[COMPUTED, slot] > 0 and whole[EMITTED, slot] == 0
-            ):
-                owed += blocks_for(float(whole[KNOWN, slot]), block_tokens) - whole[HELD, slot]
-    for i in range(size):
-        slot = line[i]
-        if rows >= limits[MAX_ROWS] or tokens >= limits[MAX_TOKENS]:
+    for slot in line:
+        if load[MEMBERS] >= limits[MAX_ROWS] or load[TOKENS] >= limits[MAX_TOKENS]:
+            return True
+        is_spare = not admitted[slot] and slot != starving
+        if is_spare and pending:
             break
-        is_spare = not admitted[slot]
-        limit = budget
-        if is_spare and slot != starving:
-            if pending:
-                break
-            if blocked and whole[HELD, slot] == 0:
-                continue
-            if num_promised > 0:
-                limit = max(min(alone * limits[IDLE_CAP], cap), period) / margin
-            else:
-                limit = cap / margin
+        if is_spare and blocked and whole[HELD, slot] == 0:
+            continue
+        position = -1
+        if is_spare:
+            position = 0
+            while spare[position] != slot:
+                position += 1
         past = float(whole[COMPUTED, slot])
         left = float(whole[KNOWN, slot]) - past
-        # A decode reads its context; a prompt chunk attends to what is before it.
-        reads = past if left == 1.0 and whole[EMITTED, slot] > 0 else 0.0
-        most = tokens_within(perf, limit, batch_context + reads, area, 0.0) - tokens
-        if perf[2] > 0.0 and left > 1.0 and most > 0.0:
-            for _ in range(2):
-                chunk = min(left, most)
-                most = tokens_within(perf, limit, batch_context, area + chunk * (past + 0.5 * chunk), 0.0) - tokens
+        seconds = idle if is_spare else period
+        if is_decode(whole, slot):
+            most = tokens_within(perf, seconds, load[CONTEXT] + past, load[PREFILL_AREA], 0.0) - load[TOKENS]
+        else:
+            most = prompt_tokens_within(perf, seconds, load, past, left)
         if slot == starving:
-            most = max(most * limits[SHARE], 1.0)
-        elif rows == 0 and most < 1.0:
-            most = max(limits[MULTIPLE], 1.0)
-        chunk = np.floor(min(left, most, limits[MAX_TOKENS] - tokens))
-        if chunk < left:
-            ends = np.floor((past + chunk) / limits[MULTIPLE]) * limits[MULTIPLE]
-            chunk = ends - past
+            most = max(most * limits[SHARE], limits[MULTIPLE])
+        elif load[MEMBERS] == 0:
+            most = max(most, limits[MULTIPLE])
+        chunk = whole_chunk(past, left, min(most, limits[MAX_TOKENS] - load[TOKENS]), limits[MULTIPLE])
         if chunk < 1.0:
-            if not is_spare:
-                pending = True
+            pending = pending or not is_spare
             continue
-        need = blocks_for(past + chunk, block_tokens) - whole[HELD, slot]
-        if not mid_prefill and past == 0.0:
-            rest = blocks_for(float(whole[KNOWN, slot]), block_tokens) - whole[HELD, slot]
-            while free < owed + rest:
-                victim = youngest_holder(whole, spare_order, -1, in_batch, mid_prefill)
-                if victim < 0 or victim == slot:
-                    break
-                free += drop(whole, victim, limits, evicted, counts)
-            if free < owed + rest:
-                blocked = blocked or not is_spare
-                continue
-            owed += rest
-        while free < need:
-            above = -1
-            if is_spare and slot != starving:
-                for j in range(num_spare):
-                    if spare_order[j] == slot:
-                        above = j
-            victim = youngest_holder(whole, spare_order, above, in_batch, mid_prefill)
-            if victim == slot:
-                victim = -1
-            if victim < 0 and rows == 0 and not is_spare and mid_prefill:
-                for j in range(num_accepted - 1, -1, -1):
-                    if accepted[j] != slot and whole[HELD, accepted[j]] > 0:
-                        victim = accepted[j]
-                        break
-            if victim < 0:
-                break
-            free += drop(whole, victim, limits, evicted, counts)
-        if free < need:
-            fits = (whole[HELD, slot] + free) * block_tokens - past
-            chunk = min(chunk, fits)
-            if chunk < left:
-                ends = np.floor((past + chunk) / limits[MULTIPLE]) * limits[MULTIPLE]
-                chunk = ends - past
+        if not may_start(whole, slot, spare, in_batch, limits, load, evicted, counts):
+            blocked = blocked or not is_spare
+            continue
+        need = blocks_for(past + chunk, limits[BLOCK_TOKENS]) - whole[HELD, slot]
+        make_room(whole, slot, need, position, accepted, spare, in_batch, limits, load, evicted, counts)
+        if limits[FREE_BLOCKS] < need:
+            fits = (whole[HELD, slot] + limits[FREE_BLOCKS]) * limits[BLOCK_TOKENS] - past
+            chunk = whole_chunk(past, left, min(chunk, fits), limits[MULTIPLE])
             if chunk < 1.0:
                 blocked = blocked or not is_spare
                 continue
-            need = blocks_for(past + chunk, block_tokens) - whole[HELD, slot]
-        if not is_spare and chunk < left:
-            pending = True
-        if not mid_prefill and (left > 1.0 or whole[EMITTED, slot] == 0):
-            owed -= need
-        free -= need
+            need = blocks_for(past + chunk, limits[BLOCK_TOKENS]) - whole[HELD, slot]
+        pending = pending or (not is_spare and chunk < left)
+        if limits[MID_PREFILL] < 0.5 and not is_decode(whole, slot):
+            load[OWED] -= need
+        limits[FREE_BLOCKS] -= need
         whole[HELD, slot] += need
-        in_batch[slot] = True
-        if left == 1.0 and whole[EMITTED, slot] > 0:
-            chosen[num_chosen] = slot
-            num_chosen += 1
-            batch_context += past
+        if is_decode(whole, slot):
+            place_decode(whole, slot, chosen, in_batch, load)
         else:
-            batch[filled, SLOT] = slot
-            batch[filled, START] = past
-            batch[filled, LENGTH_] = chunk
-            batch[filled, DRAFT] = 0
-            filled += 1
-            area += chunk * (past + 0.5 * chunk)
-        rows += 1
-        tokens += chunk
+            write_row(batch, counts, slot, past, chunk, 0)
+            load[PREFILL_AREA] += chunk * (past + 0.5 * chunk)
+            load[TOKENS] += chunk
+            load[MEMBERS] += 1
+            in_batch[slot] = True
+    return pending or blocked
 
-    # 7. Guesses for the decodes, when nothing waits for the time they would take.
-    steps = 0
-    if limits[MAX_DRAFT] > 0 and num_chosen > 0 and filled == 0 and not pending and not blocked:
-        longest = cap / margin
-        steps = draft_steps(real, whole, chosen[:num_chosen], perf, int(limits[MAX_DRAFT]), longest)
-    for i in range(num_chosen):
-        slot = chosen[i]
-        guesses = min(steps, int(whole[LEFT, slot]) - 1, int(limits[MAX_TOKENS] - tokens))
-        guesses = max(guesses, 0)
-        need = blocks_for(float(whole[COMPUTED, slot]) + 1.0 + guesses, block_tokens) - whole[HELD, slot]
-        if need > free:
+
+@compiled
+def write_row(batch: Any, counts: Any, slot: int, start: float, size: float, draft: int) -> None:
+    row = counts[ROWS]
+    batch[row, SLOT] = slot
+    batch[row, START] = start
+    batch[row, SIZE] = size
+    batch[row, DRAFT] = draft
+    counts[ROWS] += 1
+
+
+@compiled
+def write_decodes(whole: Any, chosen: Any, steps: int, limits: Any, load: Any, batch: Any, counts: Any) -> None:
+    """Rows for the decodes with up to `steps` guesses each, as far as tokens and free blocks go."""
+    for slot in chosen:
+        past = float(whole[COMPUTED, slot])
+        guesses = max(min(steps, int(whole[LEFT, slot]) - 1, int(limits[MAX_TOKENS] - load[TOKENS])), 0)
+        need = blocks_for(past + 1.0 + guesses, limits[BLOCK_TOKENS]) - whole[HELD, slot]
+        if need > limits[FREE_BLOCKS] - load[OWED]:
             guesses = 0
-            need = blocks_for(float(whole[COMPUTED, slot]) + 1.0, block_tokens) - whole[HELD, slot]
-        free -= need
+            need = blocks_for(past + 1.0, limits[BLOCK_TOKENS]) - whole[HELD, slot]
+        limits[FREE_BLOCKS] -= need
         whole[HELD, slot] += need
-        tokens += guesses
-        batch[filled, SLOT] = slot
-        batch[filled, START] = whole[COMPUTED, slot]
-        batch[filled, LENGTH_] = 1 + guesses
-        batch[filled, DRAFT] = guesses
-        filled += 1
-    counts[ROWS] = filled
+        load[TOKENS] += guesses
+        write_row(batch, counts, slot, past, 1.0 + guesses, guesses)
+
+
+@compiled
+def compose(
+    real: Any, whole: Any, active: Any, now: float, perf: Any, limits: Any, batch: Any, evicted: Any, counts: Any
+) -> float:
+    """Fill `batch` and `evicted`; returns the predicted seconds.
+
+    `active` lists the live slots in order of arrival. Verdicts and held blocks are updated in `whole`,
+    `limits[FREE_BLOCKS]` is left at what remains. O(n log n) and one pass of admission.
+    """
+    counts[:] = 0
+    n, slots = active.size, whole.shape[1]
+    load = np.zeros(LOADS)
+    promised, waiting = np.empty(n, np.int64), np.empty(n, np.int64)
+    num_promised, num_waiting, tightest, first_due, room = classify(
+        real, whole, active, now, perf, limits, promised, waiting, load
+    )
+    decodes = promised[:num_promised]
+
+    order = waiting[:num_waiting][np.argsort(real[DUE][waiting[:num_waiting]], kind="mergesort")]
+    slots_accepted = np.empty(num_waiting + 1, np.int64)
+    verdict = np.zeros(num_waiting, np.int64)
+    num_accepted = admit(
+        real, whole, order, slots_accepted, verdict, perf, now, limits[CAP], load[DECODES], load[CONTEXT],
+        tightest, first_due - now, room, int(limits[BLOCK_TOKENS]),
+    )  # fmt: skip
+    accepted = slots_accepted[:num_accepted]
+    admitted = np.zeros(slots, np.bool_)
+    admitted[accepted] = True
+    for i in range(num_waiting):
+        whole[VERDICT, order[i]] = verdict[i]
+
+    period, idle, decodes_wait = period_of(real, whole, accepted, now, first_due, load, perf, limits)
+
+    load[:OWED] = 0.0
+    in_batch = np.zeros(slots, np.bool_)
+    chosen = np.empty(n, np.int64)
+    line, spare = np.empty(n + 1, np.int64), np.empty(n, np.int64)
+    size, num_spare, starving = serving_order(real, whole, active, now, accepted, admitted, limits, line, spare)
+    if not decodes_wait:
+        make_room_for_decodes(whole, decodes, accepted, spare[:num_spare], in_batch, limits, evicted, counts)
+        place_promised(whole, decodes, chosen, in_batch, limits, load)
+    left_over = place_line(
+        whole, line[:size], accepted, spare[:num_spare], admitted, starving, period, idle, chosen, in_batch,
+        perf, limits, load, batch, evicted, counts,
+    )  # fmt: skip
+
+    steps = 0
+    members = chosen[: int(load[DECODES])]
+    if limits[MAX_DRAFT] > 0 and members.size > 0 and counts[ROWS] == 0 and not left_over:
+        # Nothing waits for the time that guesses take.
+        steps = draft_steps(real, whole, members, load, perf, int(limits[MAX_DRAFT]), idle)
+    write_decodes(whole, members, steps, limits, load, batch, counts)
     counts[STEPS] = steps
-    limits[FREE_BLOCKS] = free
-    if filled == 0:
+    if counts[ROWS] == 0:
         return 0.0
-    return float(batch_seconds(perf, tokens, batch_context, area, float(steps)))
-
-
-_ = (ARRIVED, finish_after)
+    return float(batch_seconds(perf, load[TOKENS], load[CONTEXT], load[PREFILL_AREA], float(steps)))

@@ -130,9 +130,9 @@ class Advance:
     """What one chunk achieved.
 
     `computed` tokens of the request now have KV; `new_tokens` were gained by sampling (0 for a chunk
-    that ended inside the prompt), `accepted` of them from drafts. `stage_ended`: the last of them ended the current stage
-    (thinking is over). `done`: no more tokens will come (stop, length, cancel); the engine has released
-    the request's KV.
+    that ended inside the prompt), `accepted` of them from drafts. `stage_ended`: the last of them ended
+    the current stage (thinking is over). `done`: no more tokens will come (stop, length, cancel); the
+    engine has released the request's KV.
     """
 
     request_id: RequestId

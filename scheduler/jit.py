@@ -6,7 +6,7 @@ Without numba the same functions run as plain Python: slower, with equal results
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -15,8 +15,7 @@ try:
 
     def compiled(function: F) -> F:
         """Compile on first use and keep the machine code beside the source where that is writable."""
-        result: F = njit(cache=True, error_model="numpy")(function)
-        return result
+        return cast(F, njit(cache=True, error_model="numpy")(function))
 
 except ImportError:  # pragma: no cover - numba is in every extra that plans at speed
 

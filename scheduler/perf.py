@@ -197,7 +197,13 @@ class Correction:
         self.margin = min(max(2.0 * 1.25 * self._deviation, self.min_margin), self.max_margin)
         # Relative weights: a short iteration counts as much as a long one.
         target, weight = expected * (1.0 + clipped), 1.0 / (predicted * predicted)
-        fresh = (weight, weight * predicted, weight * target, weight * predicted * predicted, weight * predicted * target)
+        fresh = (
+            weight,
+            weight * predicted,
+            weight * target,
+            weight * predicted * predicted,
+            weight * predicted * target,
+        )
         self._sums = [keep * old + new for old, new in zip(self._sums, fresh, strict=True)]
         self._solve()
 

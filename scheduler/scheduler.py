@@ -20,8 +20,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import batching, table
 from .admission import REASONS, Verdict, pack
@@ -84,9 +86,7 @@ class _Outstanding:
 class Scheduler:
     """The `slos_serve` policy. Raises ValueError for a request that could never run."""
 
-    def __init__(
-        self, capabilities: Capabilities, perf: PerfModel, config: PlannerConfig | None = None
-    ) -> None:
+    def __init__(self, capabilities: Capabilities, perf: PerfModel, config: PlannerConfig | None = None) -> None:
         self.capabilities = capabilities
         self.perf = perf
         self.config = config or PlannerConfig()
@@ -96,7 +96,6 @@ class Scheduler:
         self._acceptance: dict[str, float] = {}
         self._stages: dict[RequestId, int] = {}
         self._stage_left: dict[RequestId, int] = {}
-        self._verdicts: dict[RequestId, int] = {}
         self._outstanding: _Outstanding | None = None
         self._held = 0
         self._shared = 0
@@ -141,7 +140,6 @@ class Scheduler:
         self._held += int(whole[table.HELD, slot])
         self._stages[request.id] = 0
         self._stage_left[request.id] = first.max_new_tokens
-        self._verdicts[request.id] = int(Verdict.UNDECIDED)
 
     def cancel(self, request_id: RequestId) -> bool:
         """Forget a request; its blocks are free at once. False when it is not here."""
@@ -217,14 +215,14 @@ class Scheduler:
 
     # Planning
 
-    def _packed(self) -> batching.Any:
+    def _packed(self) -> NDArray[Any]:
         margin = self.correction.margin if self.config.margin is None else self.config.margin
         pieces = [(p.base, p.per_token, p.per_step) for p in self.perf.pieces]
         return pack(
             pieces, self.perf.per_context, self.perf.per_area, self.correction.scale, self.correction.offset, margin
         )
 
-    def _fixed_limits(self) -> batching.Any:
+    def _fixed_limits(self) -> NDArray[Any]:
         limits = np.zeros(batching.LIMITS)
         caps, config = self.capabilities, self.config
         limits[batching.NUM_BLOCKS] = caps.num_blocks
@@ -243,10 +241,10 @@ class Scheduler:
         limits[batching.IDLE_CAP] = config.idle_cap
         return limits
 
-    def _allocate(self, size: int) -> tuple[batching.Any, batching.Any, batching.Any]:
+    def _allocate(self, size: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         return np.zeros((size, 4), np.int64), np.zeros(size, np.int64), np.zeros(3, np.int64)
 
-    def _buffers_for(self, size: int) -> tuple[batching.Any, batching.Any, batching.Any]:
+    def _buffers_for(self, size: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         if self._buffers[0].shape[0] < size:
             self._buffers = self._allocate(2 * size)
         return self._buffers
@@ -255,16 +253,14 @@ class Scheduler:
         slot, start, length, draft = row
         return Chunk(self._table.request(slot).id, start, length, draft)
 
-    def _decisions(self, active: batching.Any) -> tuple[Decision, ...]:
-        changed = []
-        verdicts = self._table.whole[table.VERDICT]
-        for slot in active.tolist():
-            request = self._table.request(slot)
-            verdict = int(verdicts[slot])
-            if verdict != self._verdicts[request.id]:
-                self._verdicts[request.id] = verdict
-                changed.append(Decision(request.id, verdict == Verdict.ADMITTED, REASONS[Verdict(verdict)]))
-        return tuple(changed)
+    def _decisions(self, active: NDArray[Any]) -> tuple[Decision, ...]:
+        verdicts, told = self._table.whole[table.VERDICT], self._table.whole[table.TOLD]
+        changed = active[verdicts[active] != told[active]]
+        told[changed] = verdicts[changed]
+        return tuple(self._decision(slot, Verdict(int(verdicts[slot]))) for slot in changed.tolist())
+
+    def _decision(self, slot: int, verdict: Verdict) -> Decision:
+        return Decision(self._table.request(slot).id, verdict == Verdict.ADMITTED, REASONS[verdict])
 
     # Learning
 
@@ -353,4 +349,4 @@ class Scheduler:
         # Until the next report, blocks shared with others may not be free: never count too many.
         self._shared -= min(self._shared, held)
         self._table.remove(request_id)
-        del self._stages[request_id], self._stage_left[request_id], self._verdicts[request_id]
+        del self._stages[request_id], self._stage_left[request_id]

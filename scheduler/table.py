@@ -32,8 +32,9 @@ HELD: Final = 3  # KV blocks
 KIND: Final = 4
 SEQUENCE: Final = 5  # order of arrival
 VERDICT: Final = 6  # why it is (not) admitted, a code of `Verdict`
-LEFT: Final = 7  # output tokens it may still produce
-WHOLES: Final = 8
+TOLD: Final = 7  # the verdict that the last plan told
+LEFT: Final = 8  # output tokens it may still produce
+WHOLES: Final = 9
 
 # Values of KIND.
 BEST_EFFORT: Final = 0  # promised nothing

@@ -28,7 +28,14 @@ CAPS = Capabilities(num_blocks=2000, block_tokens=16, max_batch_tokens=2048, max
 
 
 def request(
-    name: str, *, at: float = 0.0, prompt: int = 100, new: int = 20, ttft: float = 1.0, tpot: float = 0.1, **more: object
+    name: str,
+    *,
+    at: float = 0.0,
+    prompt: int = 100,
+    new: int = 20,
+    ttft: float = 1.0,
+    tpot: float = 0.1,
+    **more: object,
 ) -> Request:
     return Request(name, at, prompt, (Stage(new, Slo(ttft, tpot)),), **more)  # type: ignore[arg-type]
 
@@ -187,7 +194,9 @@ def test_speculation_is_chosen_by_cost() -> None:
 def test_random_traffic_keeps_the_invariants(seed: int, blocks: int, multiple: int, mid_prefill: bool) -> None:
     """Any mix of arrivals, cancels and lengths: batches stay inside every limit and everything ends."""
     rng = np.random.default_rng(seed)
-    caps = Capabilities(blocks, 16, 256, 8, 640, chunk_multiple=multiple, can_preempt_mid_prefill=mid_prefill, max_draft=3)
+    caps = Capabilities(
+        blocks, 16, 256, 8, 640, chunk_multiple=multiple, can_preempt_mid_prefill=mid_prefill, max_draft=3
+    )
     scheduler = Scheduler(caps, PERF, PlannerConfig(patience=0.5))
     engine = SimulatedEngine(caps, PERF, rng, 0.05)
     most = min(caps.max_context, blocks * 16)
@@ -235,13 +244,22 @@ def test_random_traffic_keeps_the_invariants(seed: int, blocks: int, multiple: i
 def test_equal_calls_give_equal_plans() -> None:
     """A recorded sequence of calls replays to exactly the same plans."""
     rng = np.random.default_rng(11)
-    requests = [request(f"r{i}", at=float(t), prompt=int(rng.integers(10, 900))) for i, t in enumerate(np.sort(rng.uniform(0, 3, 40)))]
+    requests = [
+        request(f"r{i}", at=float(t), prompt=int(rng.integers(10, 900)))
+        for i, t in enumerate(np.sort(rng.uniform(0, 3, 40)))
+    ]
     plans, reports = [], []
     for _ in range(2):
         scheduler = Scheduler(CAPS, PERF)
         engine = SimulatedEngine(CAPS, PERF, np.random.default_rng(2), 0.05)
         seen: list[object] = []
-        simulate(requests, {r.id: 20 for r in requests}, scheduler, engine, on_step=lambda p, r, seen=seen: seen.append((p, r)))
+        simulate(
+            requests,
+            {r.id: 20 for r in requests},
+            scheduler,
+            engine,
+            on_step=lambda p, r, seen=seen: seen.append((p, r)),
+        )
         plans.append([p for p, _ in seen])  # type: ignore[misc]
         reports.append([r for _, r in seen])  # type: ignore[misc]
     assert plans[0] == plans[1]
