@@ -12,10 +12,15 @@ one that has computed nothing again. A chunk that reaches the last known token y
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 RequestId: TypeAlias = str
+Ints: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,52 @@ class Chunk:
     draft: int = 0
 
 
+class Rows(Sequence[Any]):
+    """A sequence of small records kept as columns: `ids[i]` and `numbers[i]` make record i.
+
+    Reading it is like reading a tuple of records; code that handles many at once takes the columns.
+    `numbers` has shape [n, fields of the record after its id].
+    """
+
+    __slots__ = ("ids", "numbers")
+    record: type[Any]
+
+    def __init__(self, ids: tuple[RequestId, ...], numbers: Ints) -> None:
+        self.ids = ids
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return type(self)(self.ids[index], self.numbers[index])
+        return self.record(self.ids[index], *self.numbers[index].tolist())
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.record(name, *row) for name, row in zip(self.ids, self.numbers.tolist(), strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{tuple(self)!r}"
+
+
+class Chunks(Rows):
+    """Many `Chunk`s: `numbers` holds start, length and draft."""
+
+    __slots__ = ()
+    record = Chunk
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """The promise to one request changed: `admitted` now keeps its SLO, otherwise it is best effort."""
@@ -118,7 +169,7 @@ class Plan:
     can run: plan again at `wake_at` (absolute seconds) or when a request arrives or ends.
     """
 
-    chunks: tuple[Chunk, ...] = ()
+    chunks: Sequence[Chunk] = ()
     evicted: tuple[RequestId, ...] = ()
     decisions: tuple[Decision, ...] = ()
     predicted: float = 0.0
@@ -143,6 +194,13 @@ class Advance:
     done: bool = False
 
 
+class Advances(Rows):
+    """Many `Advance`s: `numbers` holds computed, new_tokens, accepted, stage_ended and done."""
+
+    __slots__ = ()
+    record = Advance
+
+
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """What happened in one step. Times are absolute seconds on the clock that `plan` is given.
@@ -154,7 +212,7 @@ class StepReport:
 
     started_at: float
     finished_at: float
-    advances: tuple[Advance, ...]
+    advances: Sequence[Advance]
     free_blocks: int | None = None
     shared_blocks: int = 0
 

@@ -18,20 +18,22 @@ long as promised work leaves any block or ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import batching, table
+from . import batching, learning, table
 from .admission import REASONS, Verdict, pack
 from .core import (
     Advance,
+    Advances,
     Capabilities,
-    Chunk,
+    Chunks,
     Decision,
+    Ints,
     Plan,
     Request,
     RequestId,
@@ -41,6 +43,8 @@ from .core import (
 from .lengths import ClassMean
 from .perf import BatchShape, Correction, PerfModel
 from .table import BEST_EFFORT, PROMISED, PROVISIONAL, Table
+
+Floats: TypeAlias = NDArray[np.float64]
 
 DRAFT_PRIOR = 0.6  # acceptance assumed before any guess was verified
 DRAFT_MEMORY = 200.0
@@ -75,31 +79,53 @@ class PlannerConfig:
                 raise ValueError(f"planner {name}: must be in ({low}, {high}], got {value!r}")
 
 
-@dataclass(slots=True)
-class _Outstanding:
-    """What was planned and not yet reported."""
+class Compose(Protocol):
+    """A policy's heart: fill `batch` and `evicted` from the columns; see `batching.compose` for each argument."""
 
-    chunks: dict[RequestId, Chunk] = field(default_factory=dict)
-    predicted: float = 0.0
+    def __call__(
+        self,
+        real: Floats,
+        whole: Ints,
+        active: Ints,
+        now: float,
+        perf: Floats,
+        limits: Floats,
+        batch: Ints,
+        evicted: Ints,
+        counts: Ints,
+    ) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Outstanding:
+    """What was planned and not yet reported: the chunks, their slots, and the model's uncorrected seconds."""
+
+    chunks: Chunks
+    slots: Ints
+    raw: float
 
 
 class Scheduler:
     """The `slos_serve` policy. Raises ValueError for a request that could never run."""
 
-    def __init__(self, capabilities: Capabilities, perf: PerfModel, config: PlannerConfig | None = None) -> None:
+    def __init__(
+        self,
+        capabilities: Capabilities,
+        perf: PerfModel,
+        config: PlannerConfig | None = None,
+        compose: Compose = batching.compose,
+    ) -> None:
         self.capabilities = capabilities
+        self._compose = compose
         self.perf = perf
         self.config = config or PlannerConfig()
         self.correction = Correction()
         self._table = Table()
         self._lengths: dict[str, ClassMean] = {}
         self._acceptance: dict[str, float] = {}
-        self._stages: dict[RequestId, int] = {}
-        self._stage_left: dict[RequestId, int] = {}
         self._outstanding: _Outstanding | None = None
         self._held = 0
         self._shared = 0
-        self._dropped: list[RequestId] = []
         self._totals = {"admitted": 0, "declined": 0, "preempted": 0}
         self._limits = self._fixed_limits()
         self._buffers = self._allocate(0)
@@ -135,11 +161,10 @@ class Scheduler:
         whole[table.HELD, slot] = -(-request.cached_tokens // limits.block_tokens)
         whole[table.KIND, slot] = PROVISIONAL if first.slo else BEST_EFFORT
         whole[table.LEFT, slot] = request.max_new_tokens
+        whole[table.STAGE_LEFT, slot] = first.max_new_tokens
         whole[table.VERDICT, slot] = Verdict.UNDECIDED if first.slo else Verdict.BEST_EFFORT
         real[table.LENGTH, slot] = request.prompt_tokens + self._expected(request, 0)
         self._held += int(whole[table.HELD, slot])
-        self._stages[request.id] = 0
-        self._stage_left[request.id] = first.max_new_tokens
 
     def cancel(self, request_id: RequestId) -> bool:
         """Forget a request; its blocks are free at once. False when it is not here."""
@@ -157,19 +182,19 @@ class Scheduler:
         if active.size == 0:
             return Plan()
         batch, evicted, counts = self._buffers_for(active.size)
-        limits = self._limits
+        limits, real, whole = self._limits, self._table.real, self._table.whole
         limits[batching.FREE_BLOCKS] = self.free_blocks
         limits[batching.SHARED] = self._shared
-        predicted = batching.compose(
-            self._table.real, self._table.whole, active, now, self._packed(), limits, batch, evicted, counts
-        )
-        chunks = tuple(self._chunk(row) for row in batch[: counts[batching.ROWS]].tolist())
-        gone = tuple(self._table.request(slot).id for slot in evicted[: counts[batching.EVICTED]].tolist())
-        self._held = int(self._table.whole[table.HELD][active].sum())
+        predicted = self._compose(real, whole, active, now, self._packed(), limits, batch, evicted, counts)
+        self._held = int(whole[table.HELD, active].sum())
         self._shared = int(limits[batching.SHARED])
-        self._totals["preempted"] += len(gone)
-        if chunks or gone:
-            self._outstanding = _Outstanding({chunk.request_id: chunk for chunk in chunks}, predicted)
+        rows, drops = int(counts[batching.ROWS]), int(counts[batching.EVICTED])
+        slots = batch[:rows, batching.SLOT].copy()
+        chunks = Chunks(self._names(slots), batch[:rows, batching.START :].copy())
+        gone = self._names(evicted[:drops])
+        self._totals["preempted"] += drops
+        if rows or drops:
+            self._outstanding = _Outstanding(chunks, slots, self._raw_seconds(slots, chunks.numbers))
         return Plan(chunks, gone, self._decisions(active), predicted)
 
     def report(self, report: StepReport) -> None:
@@ -178,10 +203,9 @@ class Scheduler:
         if outstanding is None:
             raise RuntimeError("report() without a plan")
         self._outstanding = None
-        if report.advances:
-            self._observe_time(outstanding, report)
-        for advance in report.advances:
-            self._advance(advance, outstanding.chunks.get(advance.request_id), report.finished_at)
+        if len(report.advances):
+            self.correction.observe(outstanding.raw, report.finished_at - report.started_at)
+        self._advance(_columns(report.advances), outstanding, report.finished_at)
         self._shared = report.shared_blocks
         if report.free_blocks is not None and report.free_blocks != self.free_blocks:
             raise RuntimeError(
@@ -215,14 +239,14 @@ class Scheduler:
 
     # Planning
 
-    def _packed(self) -> NDArray[Any]:
+    def _packed(self) -> Floats:
         margin = self.correction.margin if self.config.margin is None else self.config.margin
         pieces = [(p.base, p.per_token, p.per_step) for p in self.perf.pieces]
         return pack(
             pieces, self.perf.per_context, self.perf.per_area, self.correction.scale, self.correction.offset, margin
         )
 
-    def _fixed_limits(self) -> NDArray[Any]:
+    def _fixed_limits(self) -> Floats:
         limits = np.zeros(batching.LIMITS)
         caps, config = self.capabilities, self.config
         limits[batching.NUM_BLOCKS] = caps.num_blocks
@@ -241,19 +265,19 @@ class Scheduler:
         limits[batching.IDLE_CAP] = config.idle_cap
         return limits
 
-    def _allocate(self, size: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    def _allocate(self, size: int) -> tuple[Ints, Ints, Ints]:
         return np.zeros((size, 4), np.int64), np.zeros(size, np.int64), np.zeros(3, np.int64)
 
-    def _buffers_for(self, size: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    def _buffers_for(self, size: int) -> tuple[Ints, Ints, Ints]:
         if self._buffers[0].shape[0] < size:
             self._buffers = self._allocate(2 * size)
         return self._buffers
 
-    def _chunk(self, row: list[int]) -> Chunk:
-        slot, start, length, draft = row
-        return Chunk(self._table.request(slot).id, start, length, draft)
+    def _names(self, slots: Ints) -> tuple[RequestId, ...]:
+        ids = self._table.ids
+        return tuple([ids[slot] for slot in slots.tolist()])
 
-    def _decisions(self, active: NDArray[Any]) -> tuple[Decision, ...]:
+    def _decisions(self, active: Ints) -> tuple[Decision, ...]:
         verdicts, told = self._table.whole[table.VERDICT], self._table.whole[table.TOLD]
         changed = active[verdicts[active] != told[active]]
         told[changed] = verdicts[changed]
@@ -264,73 +288,90 @@ class Scheduler:
 
     # Learning
 
-    def _observe_time(self, outstanding: _Outstanding, report: StepReport) -> None:
-        tokens = context = steps = 0
-        area = 0.0
-        for chunk in outstanding.chunks.values():
-            tokens += chunk.length
-            steps = max(steps, chunk.draft)
-            if chunk.length == 1 + chunk.draft and chunk.start > 0:
-                context += chunk.start
-            else:
-                area += chunk.length * (chunk.start + 0.5 * chunk.length)
-        raw = self.perf.seconds(BatchShape(tokens, context, area, steps))
-        self.correction.observe(raw, report.finished_at - report.started_at)
+    def _raw_seconds(self, slots: Ints, numbers: Ints) -> float:
+        """What the uncorrected model says of a batch, for the correction to learn from."""
+        starts, lengths, drafts = numbers.T
+        decoding = (self._table.whole[table.EMITTED, slots] > 0) & (lengths == 1 + drafts)
+        area = np.where(decoding, 0.0, lengths * (starts + 0.5 * lengths)).sum()
+        context = np.where(decoding, starts, 0).sum()
+        shape = BatchShape(int(lengths.sum()), int(context), float(area), int(drafts.max(initial=0)))
+        return self.perf.seconds(shape)
 
-    def _advance(self, advance: Advance, chunk: Chunk | None, finished_at: float) -> None:
-        slot = self._table.slot_of.get(advance.request_id)
-        if slot is None:  # cancelled while it ran
-            return
-        if chunk is None:
-            raise RuntimeError(f"report of request {advance.request_id}, which was not planned")
+    def _advance(self, advances: Advances, outstanding: _Outstanding, finished_at: float) -> None:
+        slots = self._reported_slots(advances.ids, outstanding)
+        special = np.zeros(slots.size, np.bool_)
+        if self.capabilities.max_draft:
+            self._learn_acceptance(advances, outstanding)
+        self._held += learning.advance_all(
+            self._table.real,
+            self._table.whole,
+            slots,
+            advances.numbers,
+            finished_at,
+            self.capabilities.block_tokens,
+            special,
+        )
+        for i in np.flatnonzero(special).tolist():
+            self._turn(int(slots[i]), advances[i], finished_at)
+
+    def _reported_slots(self, ids: tuple[RequestId, ...], outstanding: _Outstanding) -> Ints:
+        """The slot of each reported request, -1 where it was cancelled while it ran."""
+        planned = outstanding.chunks.ids
+        if unplanned := set(ids).difference(planned):
+            raise RuntimeError(f"report of requests that were not planned: {sorted(unplanned)}")
+        slot_of = self._table.slot_of
+        return np.array([slot_of.get(name, -1) for name in ids], dtype=np.int64)
+
+    def _turn(self, slot: int, advance: Advance, finished_at: float) -> None:
+        """The rare events of a request's life: first token, next stage, longer than expected, the end."""
         real, whole = self._table.real, self._table.whole
         request = self._table.request(slot)
-        whole[table.COMPUTED, slot] = advance.computed
-        self._hold(slot, -(-advance.computed // self.capabilities.block_tokens))
-        real[table.SERVED, slot] = finished_at
-        if chunk.draft:
-            self._learn_acceptance(request.slo_class, chunk.draft, advance.accepted)
-        if advance.new_tokens:
-            self._emit(request, slot, advance, finished_at)
-        if advance.done:
-            self._lengths.setdefault(request.slo_class, ClassMean()).observe(int(whole[table.EMITTED, slot]))
-            self._forget(request.id, slot)
-
-    def _emit(self, request: Request, slot: int, advance: Advance, finished_at: float) -> None:
-        real, whole = self._table.real, self._table.whole
-        if whole[table.KIND, slot] == PROVISIONAL:
-            late = finished_at > real[table.DUE, slot]
-            whole[table.KIND, slot] = BEST_EFFORT if late else PROMISED
-            whole[table.VERDICT, slot] = Verdict.MISSED if late else Verdict.ADMITTED
-            self._totals["declined" if late else "admitted"] += 1
-        elif whole[table.EMITTED, slot] == 0:
-            self._totals["declined"] += 1
-        whole[table.KNOWN, slot] += advance.new_tokens
-        whole[table.EMITTED, slot] += advance.new_tokens
-        whole[table.LEFT, slot] -= advance.new_tokens
-        real[table.ACCEPT, slot] = self._acceptance.get(request.slo_class, DRAFT_PRIOR)
-        real[table.LENGTH, slot] = request.prompt_tokens + self._expected(request, int(whole[table.EMITTED, slot]))
+        emitted = int(whole[table.EMITTED, slot])
+        if advance.new_tokens and emitted == advance.new_tokens:
+            self._first_token(slot, finished_at)
         for i in range(advance.new_tokens):
             self._pace(request, slot, advance.stage_ended and i == advance.new_tokens - 1)
+        if whole[table.KNOWN, slot] >= real[table.LENGTH, slot]:
+            real[table.LENGTH, slot] = request.prompt_tokens + self._expected(request, emitted)
+        if advance.done:
+            self._lengths.setdefault(request.slo_class, ClassMean()).observe(emitted)
+            self._forget(request.id, slot)
+
+    def _first_token(self, slot: int, finished_at: float) -> None:
+        real, whole = self._table.real, self._table.whole
+        if whole[table.KIND, slot] != PROVISIONAL:
+            self._totals["declined"] += 1
+            return
+        late = finished_at > real[table.DUE, slot]
+        whole[table.KIND, slot] = BEST_EFFORT if late else PROMISED
+        whole[table.VERDICT, slot] = Verdict.MISSED if late else Verdict.ADMITTED
+        self._totals["declined" if late else "admitted"] += 1
 
     def _pace(self, request: Request, slot: int, stage_ended: bool) -> None:
         """One token is out: the next is due one TPOT later, at the pace of the stage it belongs to."""
-        real = self._table.real
-        self._stage_left[request.id] -= 1
-        stage = self._stages[request.id]
-        if (stage_ended or self._stage_left[request.id] <= 0) and stage + 1 < len(request.stages):
-            self._stages[request.id] = stage = stage + 1
-            self._stage_left[request.id] = request.stages[stage].max_new_tokens
-            slo = request.stages[stage].slo
-            real[table.TPOT, slot] = slo.tpot if slo else math.inf
+        real, whole = self._table.real, self._table.whole
+        whole[table.STAGE_LEFT, slot] -= 1
+        stage = int(whole[table.STAGE, slot])
+        if (stage_ended or whole[table.STAGE_LEFT, slot] <= 0) and stage + 1 < len(request.stages):
+            following = request.stages[stage + 1]
+            whole[table.STAGE, slot] = stage + 1
+            whole[table.STAGE_LEFT, slot] = following.max_new_tokens
+            real[table.TPOT, slot] = following.slo.tpot if following.slo else math.inf
         real[table.DUE, slot] += real[table.TPOT, slot]
 
-    def _learn_acceptance(self, slo_class: str, drafted: int, accepted: int) -> None:
+    def _learn_acceptance(self, advances: Advances, outstanding: _Outstanding) -> None:
         """P(one guess is accepted), from runs that stop at the first refusal: accepted / (accepted + refused)."""
-        tried = accepted + (1 if accepted < drafted else 0)
-        old = self._acceptance.get(slo_class, DRAFT_PRIOR)
-        keep = (1.0 - 1.0 / DRAFT_MEMORY) ** tried
-        self._acceptance[slo_class] = keep * old + (1.0 - keep) * (accepted / tried)
+        drafted = dict(zip(outstanding.chunks.ids, outstanding.chunks.numbers[:, 2].tolist(), strict=True))
+        for name, (_, _, accepted, *_) in zip(advances.ids, advances.numbers.tolist(), strict=True):
+            slot = self._table.slot_of.get(name)
+            if slot is None or not drafted[name]:
+                continue
+            slo_class = self._table.request(slot).slo_class
+            tried = accepted + (1 if accepted < drafted[name] else 0)
+            keep = (1.0 - 1.0 / DRAFT_MEMORY) ** tried
+            old = self._acceptance.get(slo_class, DRAFT_PRIOR)
+            self._acceptance[slo_class] = keep * old + (1.0 - keep) * (accepted / tried)
+            self._table.real[table.ACCEPT, slot] = self._acceptance[slo_class]
 
     def _expected(self, request: Request, emitted: int) -> float:
         if request.expected_new_tokens is not None:
@@ -338,15 +379,17 @@ class Scheduler:
         lengths = self._lengths.get(request.slo_class) or ClassMean()
         return lengths.expect(emitted, request.max_new_tokens)
 
-    def _hold(self, slot: int, blocks: int) -> None:
-        held = self._table.whole[table.HELD]
-        self._held += blocks - int(held[slot])
-        held[slot] = blocks
-
     def _forget(self, request_id: RequestId, slot: int) -> None:
         held = int(self._table.whole[table.HELD, slot])
         self._held -= held
         # Until the next report, blocks shared with others may not be free: never count too many.
         self._shared -= min(self._shared, held)
         self._table.remove(request_id)
-        del self._stages[request_id], self._stage_left[request_id]
+
+
+def _columns(advances: Sequence[Advance]) -> Advances:
+    """Advances as columns, whoever made them."""
+    if isinstance(advances, Advances):
+        return advances
+    numbers = [(a.computed, a.new_tokens, a.accepted, a.stage_ended, a.done) for a in advances]
+    return Advances(tuple(a.request_id for a in advances), np.array(numbers, dtype=np.int64).reshape(-1, 5))

@@ -34,7 +34,9 @@ SEQUENCE: Final = 5  # order of arrival
 VERDICT: Final = 6  # why it is (not) admitted, a code of `Verdict`
 TOLD: Final = 7  # the verdict that the last plan told
 LEFT: Final = 8  # output tokens it may still produce
-WHOLES: Final = 9
+STAGE_LEFT: Final = 9  # of them, in the current stage
+STAGE: Final = 10  # index of the current stage
+WHOLES: Final = 11
 
 # Values of KIND.
 BEST_EFFORT: Final = 0  # promised nothing
@@ -49,6 +51,7 @@ class Table:
         self.real: NDArray[np.float64] = np.zeros((REALS, capacity))
         self.whole: NDArray[np.int64] = np.zeros((WHOLES, capacity), dtype=np.int64)
         self.requests: list[Request | None] = [None] * capacity
+        self.ids: list[RequestId] = [""] * capacity
         self.slot_of: dict[RequestId, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
         self._sequence = 0
@@ -69,6 +72,7 @@ class Table:
             self._grow()
         slot = self._free.pop()
         self.requests[slot] = request
+        self.ids[slot] = request.id
         self.slot_of[request.id] = slot
         self.real[:, slot] = 0.0
         self.whole[:, slot] = 0
@@ -96,6 +100,7 @@ class Table:
         self.real = _wider(self.real)
         self.whole = _wider(self.whole)
         self.requests += [None] * old
+        self.ids += [""] * old
         self._free = list(range(2 * old - 1, old - 1, -1))
 
 
