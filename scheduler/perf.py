@@ -208,7 +208,12 @@ class Correction:
         self._solve()
 
     def apply(self, predicted: float) -> float:
+        """Corrected seconds for what the model says."""
         return max(self.offset + self.scale * predicted, 0.2 * predicted)
+
+    def invert(self, corrected: float) -> float:
+        """What the model said, from what `apply` made of it."""
+        return min((corrected - self.offset) / self.scale, corrected / 0.2)
 
     def _solve(self) -> None:
         w, wx, wy, wxx, wxy = self._sums

@@ -41,7 +41,7 @@ from .core import (
     StepReport,
 )
 from .lengths import ClassMean
-from .perf import BatchShape, Correction, PerfModel
+from .perf import Correction, PerfModel
 from .table import BEST_EFFORT, PROMISED, PROVISIONAL, Table
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -194,7 +194,7 @@ class Scheduler:
         gone = self._names(evicted[:drops])
         self._totals["preempted"] += drops
         if rows or drops:
-            self._outstanding = _Outstanding(chunks, slots, self._raw_seconds(slots, chunks.numbers))
+            self._outstanding = _Outstanding(chunks, slots, self.correction.invert(predicted))
         return Plan(chunks, gone, self._decisions(active), predicted)
 
     def report(self, report: StepReport) -> None:
@@ -287,15 +287,6 @@ class Scheduler:
         return Decision(self._table.request(slot).id, verdict == Verdict.ADMITTED, REASONS[verdict])
 
     # Learning
-
-    def _raw_seconds(self, slots: Ints, numbers: Ints) -> float:
-        """What the uncorrected model says of a batch, for the correction to learn from."""
-        starts, lengths, drafts = numbers.T
-        decoding = (self._table.whole[table.EMITTED, slots] > 0) & (lengths == 1 + drafts)
-        area = np.where(decoding, 0.0, lengths * (starts + 0.5 * lengths)).sum()
-        context = np.where(decoding, starts, 0).sum()
-        shape = BatchShape(int(lengths.sum()), int(context), float(area), int(drafts.max(initial=0)))
-        return self.perf.seconds(shape)
 
     def _advance(self, advances: Advances, outstanding: _Outstanding, finished_at: float) -> None:
         slots = self._reported_slots(advances.ids, outstanding)

@@ -6,34 +6,78 @@ The same seed gives the same result to the last bit on any machine with the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .attainment import attained
-from .core import Advance, Capabilities, Chunk, Plan, Request, RequestId, StepReport
-from .engine import Planner, Replica
+from .core import Advances, Capabilities, Chunks, Ints, Plan, Request, RequestId, StepReport
+from .engine import Planner
+from .jit import compiled
 from .perf import BatchShape, PerfModel
 
+# Columns of a simulated request.
+PROMPT: Final = 0
+OUTPUT: Final = 1  # tokens it will really produce
+COMPUTED: Final = 2
+EMITTED: Final = 3
+BLOCKS: Final = 4
+COLUMNS: Final = 5
 
-@dataclass(slots=True)
-class _Live:
-    """What the simulated engine remembers of a request."""
+# What `run_batch` sums up.
+TOKENS: Final = 0
+CONTEXT: Final = 1
+AREA: Final = 2
+STEPS: Final = 3
+HELD: Final = 4  # change of held blocks
+SUMS: Final = 5
 
-    prompt_tokens: int
-    output_tokens: int
-    computed: int
-    emitted: int = 0
-    acceptance: float = 0.0
 
-    @property
-    def known(self) -> int:
-        return self.prompt_tokens + self.emitted
+@compiled
+def run_batch(live: Any, slots: Any, numbers: Any, accepted: Any, block_tokens: int, advances: Any, sums: Any) -> int:
+    """Run each chunk on the counts; returns -1, or the index of a chunk that does not fit its request."""
+    for i in range(slots.size):
+        slot = slots[i]
+        start, length, draft = numbers[i, 0], numbers[i, 1], numbers[i, 2]
+        known = live[PROMPT, slot] + live[EMITTED, slot]
+        reached = start + length - draft
+        if start != live[COMPUTED, slot] or reached > known or length < 1 or draft < 0 or draft >= length:
+            return int(i)
+        sums[TOKENS] += length
+        sums[STEPS] = max(sums[STEPS], float(draft))
+        if live[EMITTED, slot] > 0 and length == 1 + draft:
+            sums[CONTEXT] += start
+        else:
+            sums[AREA] += length * (start + 0.5 * length)
+        new = taken = 0
+        if reached == known:
+            taken = min(accepted[i], draft)
+            new = min(1 + taken, live[OUTPUT, slot] - live[EMITTED, slot])
+            taken = min(taken, new)
+            live[EMITTED, slot] += new
+            reached += new - 1
+        live[COMPUTED, slot] = reached
+        done = live[EMITTED, slot] >= live[OUTPUT, slot]
+        blocks = 0 if done else (reached + block_tokens - 1) // block_tokens
+        sums[HELD] += blocks - live[BLOCKS, slot]
+        live[BLOCKS, slot] = blocks
+        advances[i, 0] = reached
+        advances[i, 1] = new
+        advances[i, 2] = taken
+        advances[i, 3] = 0
+        advances[i, 4] = done
+    return -1
 
 
 class SimulatedEngine:
-    """Takes the model's seconds for each batch, times a lognormal-like noise drawn from `rng`."""
+    """Takes the model's seconds for each batch, times a lognormal noise of standard deviation `noise`.
+
+    Raises RuntimeError for a chunk that does not fit its request, as a real engine would.
+    """
 
     def __init__(
         self,
@@ -48,73 +92,83 @@ class SimulatedEngine:
         self.perf = perf
         self._rng = rng
         self._noise = noise
-        self._live: dict[RequestId, _Live] = {}
+        self._live: Ints = np.zeros((COLUMNS, 64), np.int64)
+        self._acceptance: NDArray[np.float64] = np.zeros(64)
+        self._slot_of: dict[RequestId, int] = {}
+        self._free = list(range(63, -1, -1))
+        self._held = 0
 
     @property
     def capabilities(self) -> Capabilities:
         return self._capabilities
 
     def add(self, request: Request, output_tokens: int, acceptance: float = 0.0) -> None:
-        """Register a request and how many tokens it will really produce."""
-        most = min(output_tokens, request.max_new_tokens)
-        self._live[request.id] = _Live(request.prompt_tokens, max(most, 1), request.cached_tokens, 0, acceptance)
+        """Register a request, how many tokens it will really produce, and how often a guess is right."""
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        self._slot_of[request.id] = slot
+        blocks = -(-request.cached_tokens // self._capabilities.block_tokens)
+        output = max(min(output_tokens, request.max_new_tokens), 1)
+        self._live[:, slot] = (request.prompt_tokens, output, request.cached_tokens, 0, blocks)
+        self._acceptance[slot] = acceptance
+        self._held += blocks
 
     def release(self, request_id: RequestId) -> None:
-        self._live.pop(request_id, None)
+        slot = self._slot_of.pop(request_id, None)
+        if slot is not None:
+            self._held -= int(self._live[BLOCKS, slot])
+            self._live[:, slot] = 0
+            self._free.append(slot)
 
     def step(self, plan: Plan, now: float) -> StepReport:
-        for request_id in plan.evicted:
-            self._live[request_id].computed = 0
-        shape = self._shape(plan.chunks)
-        seconds = self.perf.seconds(shape) if plan.chunks else 0.0
+        for name in plan.evicted:
+            slot = self._slot_of[name]
+            self._held -= int(self._live[BLOCKS, slot])
+            self._live[COMPUTED, slot] = self._live[BLOCKS, slot] = 0
+        chunks = plan.chunks if isinstance(plan.chunks, Chunks) else _columns(plan)
+        slot_of = self._slot_of
+        slots = np.array([slot_of[name] for name in chunks.ids], dtype=np.int64)
+        numbers = np.empty((slots.size, 5), np.int64)
+        sums = np.zeros(SUMS)
+        accepted = self._guess(slots, chunks.numbers[:, 2])
+        wrong = run_batch(self._live, slots, chunks.numbers, accepted, self._capabilities.block_tokens, numbers, sums)
+        if wrong >= 0:
+            raise RuntimeError(f"{chunks[wrong]} does not fit its request {self._live[:, slots[wrong]].tolist()}")
+        self._held += int(sums[HELD])
+        for i in np.flatnonzero(numbers[:, 4]).tolist():
+            self._free.append(slot_of.pop(chunks.ids[i]))
+        free = self._capabilities.num_blocks - self._held
+        return StepReport(now, now + self._seconds(sums), Advances(chunks.ids, numbers), free)
+
+    def _seconds(self, sums: NDArray[np.float64]) -> float:
+        if not sums[TOKENS]:
+            return 0.0
+        seconds = self.perf.seconds(BatchShape(int(sums[TOKENS]), int(sums[CONTEXT]), sums[AREA], int(sums[STEPS])))
         if self._rng is not None and self._noise > 0:
-            seconds *= float(np.exp(self._rng.normal(0.0, self._noise)))
-        advances = tuple(self._run(chunk) for chunk in plan.chunks)
-        return StepReport(now, now + seconds, advances, self._free_blocks())
+            seconds *= math.exp(self._noise * self._rng.standard_normal())
+        return seconds
 
-    def _shape(self, chunks: Sequence[Chunk]) -> BatchShape:
-        tokens = context = steps = 0
-        area = 0.0
-        for chunk in chunks:
-            tokens += chunk.length
-            steps = max(steps, chunk.draft)
-            if self._live[chunk.request_id].emitted and chunk.length == 1 + chunk.draft:
-                context += chunk.start
-            else:
-                area += chunk.length * (chunk.start + 0.5 * chunk.length)
-        return BatchShape(tokens, context, area, steps)
+    def _guess(self, slots: Ints, drafts: Ints) -> Ints:
+        """How many guesses of each chunk would be accepted: a run of successes."""
+        accepted = np.zeros(slots.size, np.int64)
+        if self._rng is not None:
+            for i in np.flatnonzero(drafts).tolist():
+                right = self._rng.random(int(drafts[i])) < self._acceptance[slots[i]]
+                accepted[i] = int(right.cumprod().sum())
+        return accepted
 
-    def _run(self, chunk: Chunk) -> Advance:
-        live = self._live[chunk.request_id]
-        if chunk.start != live.computed:
-            raise RuntimeError(f"{chunk} starts elsewhere than the {live.computed} computed tokens")
-        reached = chunk.start + chunk.length - chunk.draft
-        if reached > live.known:
-            raise RuntimeError(f"{chunk} runs past the {live.known} known tokens")
-        live.computed = reached
-        if reached < live.known:
-            return Advance(chunk.request_id, reached)
-        accepted = self._accepted(live, chunk.draft)
-        new = min(1 + accepted, live.output_tokens - live.emitted)
-        accepted = min(accepted, new)
-        live.emitted += new
-        live.computed = reached + new - 1
-        done = live.emitted >= live.output_tokens
-        if done:
-            del self._live[chunk.request_id]
-        return Advance(chunk.request_id, reached + new - 1, new, accepted, done=done)
+    def _grow(self) -> None:
+        old = self._live.shape[1]
+        self._live = np.concatenate([self._live, np.zeros_like(self._live)], axis=1)
+        self._acceptance = np.concatenate([self._acceptance, np.zeros_like(self._acceptance)])
+        self._free = list(range(2 * old - 1, old - 1, -1))
 
-    def _accepted(self, live: _Live, draft: int) -> int:
-        if draft == 0 or self._rng is None:
-            return 0
-        run = 0
-        while run < draft and self._rng.random() < live.acceptance:
-            run += 1
-        return run
 
-    def _free_blocks(self) -> int:
-        size = self._capabilities.block_tokens
-        return self._capabilities.num_blocks - sum(-(-live.computed // size) for live in self._live.values())
+def _columns(plan: Plan) -> Chunks:
+    numbers = [(chunk.start, chunk.length, chunk.draft) for chunk in plan.chunks]
+    names = tuple(chunk.request_id for chunk in plan.chunks)
+    return Chunks(names, np.array(numbers, dtype=np.int64).reshape(-1, 3))
 
 
 @dataclass(slots=True)
@@ -128,17 +182,17 @@ class Outcome:
     reason: str = ""
 
     @property
+    def stage_tokens(self) -> list[int]:
+        """Output tokens of each stage."""
+        left, counts = len(self.token_times), []
+        for stage in self.request.stages:
+            counts.append(min(left, stage.max_new_tokens))
+            left -= counts[-1]
+        return counts
+
+    @property
     def attained(self) -> bool:
-        counts = _stage_counts(self.request, len(self.token_times))
-        return attained(self.request.stages, counts, self.request.arrived_at, self.token_times)
-
-
-def _stage_counts(request: Request, tokens: int) -> list[int]:
-    counts = []
-    for stage in request.stages:
-        counts.append(min(tokens, stage.max_new_tokens))
-        tokens -= counts[-1]
-    return counts
+        return attained(self.request.stages, self.stage_tokens, self.request.arrived_at, self.token_times)
 
 
 def simulate(
@@ -147,20 +201,19 @@ def simulate(
     planner: Planner,
     engine: SimulatedEngine,
     *,
-    until: float = float("inf"),
+    until: float = math.inf,
     acceptance: float = 0.0,
     on_step: Callable[[Plan, StepReport], None] | None = None,
 ) -> dict[RequestId, Outcome]:
-    """Play `requests` (sorted by arrival) until all have ended or `until` seconds have passed.
+    """Play `requests` until all have ended or virtual second `until` has passed.
 
-    `output_tokens` tells how many tokens each will produce, which the planner never sees. Returns an
-    outcome for every request that arrived.
+    `output_tokens` tells how many tokens each will produce, which the planner never sees; `acceptance` is
+    the share of right guesses. Returns an outcome for every request that arrived. Raises RuntimeError when
+    requests are live and the planner runs nothing.
     """
-    replica = Replica(planner, engine)
     pending = sorted(requests, key=lambda request: request.arrived_at)
     outcomes: dict[RequestId, Outcome] = {}
-    now, index = 0.0, 0
-    live = 0
+    now, index, live = 0.0, 0, 0
     while now < until and (index < len(pending) or live):
         while index < len(pending) and pending[index].arrived_at <= now:
             request = pending[index]
@@ -169,23 +222,34 @@ def simulate(
             engine.add(request, output_tokens[request.id], acceptance)
             planner.add(request, now)
             live += 1
-        plan, report = replica.step(now)
+        plan = planner.plan(now)
         for decision in plan.decisions:
             outcomes[decision.request_id].admitted = decision.admitted
             outcomes[decision.request_id].reason = decision.reason
         for request_id in plan.evicted:
             outcomes[request_id].preemptions += 1
-        if report is None:
+        if not plan.chunks:
             if index >= len(pending):
-                if live:
-                    raise RuntimeError(f"{live} requests are live and nothing runs at {now}: {planner!r}")
-                break
+                raise RuntimeError(f"{live} requests are live and nothing runs at {now}: {planner!r}")
             now = max(now, pending[index].arrived_at)
             continue
+        report = engine.step(plan, now)
+        planner.report(report)
         if on_step is not None:
             on_step(plan, report)
         now = report.finished_at
-        for advance in report.advances:
-            outcomes[advance.request_id].token_times.extend([now] * advance.new_tokens)
-            live -= advance.done
+        live -= _record(outcomes, report)
     return outcomes
+
+
+def _record(outcomes: dict[RequestId, Outcome], report: StepReport) -> int:
+    """Note the token times of a step; returns how many requests ended."""
+    advances = report.advances
+    assert isinstance(advances, Advances)
+    at = report.finished_at
+    for name, new in zip(advances.ids, advances.numbers[:, 1].tolist(), strict=True):
+        if new == 1:
+            outcomes[name].token_times.append(at)
+        elif new:
+            outcomes[name].token_times.extend([at] * new)
+    return int(advances.numbers[:, 4].sum())
