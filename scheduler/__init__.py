@@ -1,8 +1,11 @@
 """The planner and what it needs to be tried: pure, passive, the same for simulator and engines."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 from .attainment import attained, due_times
+from .baselines import DecodeFirst, EarliestDue, PrefillFirst
 from .core import (
     Advance,
     Capabilities,
@@ -19,7 +22,14 @@ from .engine import Engine, Planner, Replica
 from .perf import BatchShape, Correction, FitQuality, PerfModel, Piece, fit, quality
 from .scheduler import PlannerConfig, Scheduler
 
-POLICIES: Final[dict[str, type[Scheduler]]] = {"slos_serve": Scheduler}
+# How to make each policy's planner from what the engine can do and its time model. Adding one: a callable in
+# the shape of `scheduler.Compose`, and a line here.
+POLICIES: Final[Mapping[str, Callable[[Capabilities, PerfModel], Planner]]] = {
+    "slos_serve": Scheduler,
+    "vllm": partial(Scheduler, compose=PrefillFirst()),
+    "sarathi": partial(Scheduler, compose=DecodeFirst()),
+    "qoserve": partial(Scheduler, compose=EarliestDue()),
+}
 
 __all__ = [
     "POLICIES",
@@ -29,6 +39,8 @@ __all__ = [
     "Chunk",
     "Correction",
     "Decision",
+    "DecodeFirst",
+    "EarliestDue",
     "Engine",
     "FitQuality",
     "PerfModel",
@@ -36,6 +48,7 @@ __all__ = [
     "Plan",
     "Planner",
     "PlannerConfig",
+    "PrefillFirst",
     "Replica",
     "Request",
     "Scheduler",

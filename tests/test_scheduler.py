@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slos_serve.scheduler import (
+    POLICIES,
     Advance,
     Capabilities,
     PerfModel,
@@ -190,14 +191,25 @@ def test_speculation_is_chosen_by_cost() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(20, 200), st.sampled_from([1, 8, 16]), st.booleans())
-def test_random_traffic_keeps_the_invariants(seed: int, blocks: int, multiple: int, mid_prefill: bool) -> None:
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(20, 200),
+    st.sampled_from([1, 8, 16]),
+    st.booleans(),
+    st.sampled_from(list(POLICIES)),
+)
+def test_random_traffic_keeps_the_invariants(
+    seed: int, blocks: int, multiple: int, mid_prefill: bool, policy: str
+) -> None:
     """Any mix of arrivals, cancels and lengths: batches stay inside every limit and everything ends."""
     rng = np.random.default_rng(seed)
+    mid_prefill |= policy != "slos_serve"  # the baselines always may
     caps = Capabilities(
         blocks, 16, 256, 8, 640, chunk_multiple=multiple, can_preempt_mid_prefill=mid_prefill, max_draft=3
     )
-    scheduler = Scheduler(caps, PERF, PlannerConfig(patience=0.5))
+    scheduler = (
+        Scheduler(caps, PERF, PlannerConfig(patience=0.5)) if policy == "slos_serve" else POLICIES[policy](caps, PERF)
+    )
     engine = SimulatedEngine(caps, PERF, rng, 0.05)
     most = min(caps.max_context, blocks * 16)
     now, live, arrived = 0.0, set[str](), 0
@@ -233,11 +245,14 @@ def test_random_traffic_keeps_the_invariants(seed: int, blocks: int, multiple: i
         scheduler.report(report)
         now = report.finished_at
         live -= {advance.request_id for advance in report.advances if advance.done}
-    while live:
+    for _ in range(20_000):
+        if not live:
+            break
         report = engine.step(scheduler.plan(now), now)
         scheduler.report(report)
         now = report.finished_at
         live -= {advance.request_id for advance in report.advances if advance.done}
+    assert not live
     assert scheduler.free_blocks == caps.num_blocks
 
 
