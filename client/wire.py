@@ -8,7 +8,7 @@ its `dims` say [-1].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -121,12 +121,18 @@ def encode(values: Mapping[str, Any]) -> dict[str, Array]:
         if field.dtype == "BYTES":
             items = [item.encode() if isinstance(item, str) else item for item in items]
         try:
+            if field.dtype in ("INT32", "UINT64"):
+                _check_integers(items, np.iinfo(numpy_dtype(field)))
             arrays[name] = np.array(items, dtype=numpy_dtype(field))
-            if field.dtype in ("INT32", "UINT64") and arrays[name].tolist() != list(items):
-                raise ValueError  # numpy may cut a number to fit
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: expected {field.dtype}, got {value!r}") from error
     return arrays
+
+
+def _check_integers(items: Iterable[Any], limits: np.iinfo[Any]) -> None:
+    """Raises ValueError for what numpy would cut to fit."""
+    if any(item != int(item) or not limits.min <= item <= limits.max for item in items):
+        raise ValueError(f"integers from {limits.min} to {limits.max}")
 
 
 def text(array: Array | None) -> str:

@@ -340,17 +340,21 @@ def classify(
 def serving_order(
     real: Any, whole: Any, active: Any, now: float, accepted: Any, admitted: Any, limits: Any, line: Any, spare: Any
 ) -> tuple[int, int, int]:
-    """Who is served after the decodes, in order, and best effort by age; returns their numbers and the starving one."""
+    """Who is served after the decodes, in order, and best effort by age; returns their numbers and the starving one.
+
+    Requests that asked for an SLO and were declined come before those that asked for none.
+    """
     num_spare = 0
     starving = -1
-    for slot in active:
-        if whole[KIND, slot] != PROMISED and not admitted[slot]:
-            spare[num_spare] = slot
-            num_spare += 1
-            if now - real[SERVED, slot] > limits[PATIENCE] and (
-                starving < 0 or real[SERVED, slot] < real[SERVED, starving]
-            ):
-                starving = slot
+    for asked_for_one in (True, False):
+        for slot in active:
+            if whole[KIND, slot] != PROMISED and not admitted[slot] and (real[TPOT, slot] < np.inf) == asked_for_one:
+                spare[num_spare] = slot
+                num_spare += 1
+                if now - real[SERVED, slot] > limits[PATIENCE] and (
+                    starving < 0 or real[SERVED, slot] < real[SERVED, starving]
+                ):
+                    starving = slot
     size = 0
     if starving >= 0:
         line[size] = starving

@@ -37,7 +37,7 @@ CONSTRUCTIONS: Final = 60_000  # stream visits of the earliest-deadline construc
 PRICE_STEPS: Final = 10  # bisections of the price of memory
 SPLITS: Final = 256  # how often the construction may serve only a part of identical streams
 SETTLE: Final = 128  # batches after the last prompt within which a schedule must have become periodic
-_TINY: Final = 1e-9
+TOLERANCE: Final = 1e-9  # of tokens, seconds and values: absorbs the rounding of sums
 
 # Columns of `jobs`: one row per class of identical requests, by deadline.
 DUE: Final = 0  # seconds from now until the prompt must be done
@@ -55,7 +55,8 @@ LEFT: Final = 1  # prompt tokens to go
 KIND: Final = 2  # tier
 MANY: Final = 3  # identical streams in step
 GOT: Final = 4  # output tokens so far (expected, when speculating)
-STREAM_COLUMNS: Final = 5
+MARK: Final = 5  # slack that a repetition of the last batches needs, seconds
+STREAM_COLUMNS: Final = 6
 
 # Rows of `terms` for each set of prices (see `_terms`).
 PRICE: Final = 0
@@ -64,6 +65,29 @@ REST: Final = 2
 IDLE: Final = 3
 MEMORY: Final = 4
 TERM_ROWS: Final = 5
+
+
+# Columns of a state; the accepted and running decodes of each tier follow from COUNTS on.
+WORTH: Final = 0
+ROOM: Final = 1  # prefill tokens to spare at the due time of the last class
+SPENT: Final = 2  # blocks
+RATE: Final = 3  # prefill tokens per second from here on; negative while nobody decodes
+BOUND: Final = 4
+NODE: Final = 5  # the last class taken, a column of `nodes`
+COUNTS: Final = 6
+BUCKETS: Final = 1024
+
+# Rows of `nodes`: the trail of what was taken.
+PARENT: Final = 0
+CLASS: Final = 1
+TAKEN: Final = 2
+
+# What a search reports.
+BEST: Final = 0  # the value of the best set
+DROPPED: Final = 1  # the highest bound among states that were dropped for want of room
+MADE: Final = 2  # states
+VISITS: Final = 3  # streams visited by the construction
+OUTCOMES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +240,7 @@ def fluid_rate(perf: Any, most: float, gain: Any, paces: Any, counts: Any, lengt
 def idle_tokens(perf: Any, most: float, seconds: float) -> float:
     """Prefill tokens within `seconds` while nobody decodes: full batches, then one that fills the rest."""
     full = batch_seconds(perf, most, 0.0, 0.0, 0.0)
-    whole = np.floor(seconds / full + _TINY)
+    whole = np.floor(seconds / full + TOLERANCE)
     rest = tokens_within(perf, max(seconds - whole * full, 0.0), 0.0, 0.0, 0.0)
     return float(whole * most + min(max(rest, 0.0), most))
 
@@ -226,34 +250,32 @@ def next_due(streams: Any, i: int, paces: Any) -> float:
     """When the stream's prompt, or its next output token, is due; seconds from now."""
     if streams[LEFT, i] > 0.0:
         return float(streams[ANCHOR, i])
-    return float(streams[ANCHOR, i] + (np.floor(streams[GOT, i] + _TINY) + 1.0) * paces[int(streams[KIND, i])])
+    return float(streams[ANCHOR, i] + (np.floor(streams[GOT, i] + TOLERANCE) + 1.0) * paces[int(streams[KIND, i])])
 
 
 @compiled
 def _forever(perf: Any, most: float, paces: Any, streams: Any, due: Any, size: int, now: float) -> bool:
-    """Whether pure decoding, from here on, can surely meet every deadline for ever.
+    """Whether pure decoding, from here on, surely meets every deadline for ever.
 
-    Either one batch holds a token of everybody, is no longer than the tightest pace and is in time for all:
-    then the next one is too. Or every stream has a whole pace ahead and batches of the tightest pace have
-    room for a share of each tier: unit jobs in equal slots, where earliest deadline first is optimal.
+    Either one batch holds a token of everybody, is no longer than the tightest pace and in time for all: then
+    so is the next one. Or every stream has at least the slack it had before (`MARK`): then the batches since
+    can be repeated for ever.
     """
-    streams_alive = 0.0
-    tightest = np.inf
+    alive = 0.0
     slack = np.inf
-    ahead = True
+    cyclic = True
     for i in range(size):
-        pace = paces[int(streams[KIND, i])]
-        streams_alive += streams[MANY, i]
-        tightest = min(tightest, pace)
-        slack = min(slack, due[i] - now)
-        ahead = ahead and due[i] - now >= pace - _TINY
-    together = batch_seconds(perf, streams_alive, 0.0, 0.0, 0.0)
-    if streams_alive <= most and together <= min(tightest, slack) + _TINY:
-        return True
-    share = 0.0
+        alive += streams[MANY, i]
+        slack = min(slack, due[i] - now, paces[int(streams[KIND, i])])
+        cyclic = cyclic and due[i] - now >= streams[MARK, i] - TOLERANCE
+    return cyclic or (alive <= most and batch_seconds(perf, alive, 0.0, 0.0, 0.0) <= slack + TOLERANCE)
+
+
+@compiled
+def _mark(paces: Any, streams: Any, due: Any, size: int, now: float, longest: int) -> None:
+    """Note every stream's slack; a repetition needs two tokens more where items yield fractions of a token."""
     for i in range(size):
-        share += streams[MANY, i] / np.floor(paces[int(streams[KIND, i])] / tightest + _TINY)
-    return ahead and share <= np.floor(min(most, tokens_within(perf, tightest, 0.0, 0.0, 0.0)) + 1e-6)
+        streams[MARK, i] = due[i] - now + (2.0 * paces[int(streams[KIND, i])] if longest > 1 else 0.0)
 
 
 @compiled
@@ -278,7 +300,7 @@ def _draft_length(
         must = 0.0
         for k in range(size):
             i = order[k]
-            if due[i] > end + _TINY:
+            if due[i] > end + TOLERANCE:
                 break
             must += streams[LEFT, i] if streams[LEFT, i] > 0.0 else v * streams[MANY, i]
         steps = float(v) if v > 1 else 0.0
@@ -298,6 +320,7 @@ def earliest_deadline(perf: Any, most: float, gain: Any, paces: Any, given: Any,
     rows = size + SPLITS
     streams = np.empty((STREAM_COLUMNS, rows))
     streams[:, :size] = given[:, :size]
+    streams[MARK] = np.inf
     due = np.empty(rows)
     order = np.arange(rows)
     prompts = 0
@@ -312,6 +335,8 @@ def earliest_deadline(perf: Any, most: float, gain: Any, paces: Any, given: Any,
         if prompts == 0:
             if _forever(perf, most, paces, streams, due, size, now):
                 return visits + size
+            if settling & (settling - 1) == 0:
+                _mark(paces, streams, due, size, now, longest)
             settling += 1
         if settling > SETTLE or visits > CONSTRUCTIONS:
             return -visits - 1
@@ -356,8 +381,11 @@ def earliest_deadline(perf: Any, most: float, gain: Any, paces: Any, given: Any,
 
 
 @compiled
-def _supply(perf: Any, most: float, gain: Any, paces: Any, jobs: Any, base: Any, taken: Any) -> Any:
-    """Prefill tokens there can be by each class's due time, [classes], beside the decodes of `taken`."""
+def supplied(perf: Any, most: float, gain: Any, paces: Any, jobs: Any, base: Any, taken: Any) -> Any:
+    """Prefill tokens there can be by each class's due time, [classes], beside the decodes of `taken`.
+
+    With it comes the rate afterwards, negative when the decodes cannot be kept up.
+    """
     supply = np.empty(jobs.shape[1])
     counts = base.copy()
     lengths = np.ones(paces.size, np.int64)
@@ -373,7 +401,7 @@ def _supply(perf: Any, most: float, gain: Any, paces: Any, jobs: Any, base: Any,
             counts[int(jobs[TIER, g])] += taken[g]
             rate = fluid_rate(perf, most, gain, paces, counts, lengths)
             idle = False
-    return supply
+    return supply, 0.0 if idle else rate
 
 
 @compiled
@@ -443,16 +471,313 @@ def _terms(perf: Any, most: float, paces: Any, jobs: Any, price: Any, blocks_pri
 
 
 @compiled
-def _bound(terms: Any, g: int, value: float, left: float, rate: float, blocks: float, unit: float) -> float:
+def _bound(terms: Any, g: int, state: Any, free: float, unit: float) -> float:
     """The most a state can still be worth when the classes from `g` on are open; a multiple of `unit`."""
     best = np.inf
     for k in range(terms.shape[0]):
-        more = terms[k, REST, g] + terms[k, MEMORY, g] * blocks
-        if rate < 0.0:
+        more = terms[k, REST, g] + terms[k, MEMORY, g] * (free - state[SPENT])
+        if state[RATE] < 0.0:
             more += terms[k, IDLE, g]
         else:
-            more += terms[k, PRICE, g] * left + terms[k, PACED, g] * rate
-        best = min(best, value + more)
+            more += terms[k, PRICE, g] * state[ROOM] + terms[k, PACED, g] * state[RATE]
+        best = min(best, state[WORTH] + more)
     if unit > 0.0:
         best = np.floor(best / unit + 1e-6) * unit
     return float(best)
+
+
+@compiled
+def constructed(perf: Any, most: float, gain: Any, paces: Any, jobs: Any, fixed: Any, taken: Any, outcome: Any) -> bool:
+    """Whether an earliest-deadline schedule serves the `fixed` streams and `taken` [classes] copies of `jobs`.
+
+    Tries every longest item, long ones first. Adds its work to `outcome`.
+    """
+    size = fixed.shape[1]
+    streams = np.zeros((STREAM_COLUMNS, size + int(taken.sum())))
+    streams[:, :size] = fixed
+    for g in range(taken.size):
+        for _ in range(0 if jobs[FORCED, g] > 0.0 else taken[g]):
+            streams[ANCHOR, size] = jobs[DUE, g]
+            streams[LEFT, size] = jobs[PROMPT, g]
+            streams[KIND, size] = jobs[TIER, g]
+            streams[MANY, size] = 1.0
+            size += 1
+    if size == 0:
+        return True
+    for longest in range(gain.size - 1, 0, -1):
+        visits = earliest_deadline(perf, most, gain, paces, streams, size, longest)
+        outcome[VISITS] += abs(visits)
+        if visits > 0:
+            return True
+    return False
+
+
+@compiled
+def _trace(nodes: Any, node: int, taken: Any) -> None:
+    """The copies of each class taken on the way to `node`."""
+    taken[:] = 0
+    while node >= 0:
+        taken[nodes[CLASS, node]] = nodes[TAKEN, node]
+        node = nodes[PARENT, node]
+
+
+@compiled
+def _child(perf: Any, most: float, gain: Any, paces: Any, job: Any, copies: int, parent: Any, child: Any) -> None:
+    """The state after taking `copies` of a class; its ROOM is negative when that is outside the fluid bound."""
+    child[:] = parent
+    if copies == 0:
+        return
+    child[WORTH] += copies * job[VALUE]
+    child[ROOM] -= copies * job[PROMPT]
+    child[SPENT] += copies * job[BLOCKS] * (1.0 - job[FORCED])
+    child[COUNTS + int(job[TIER])] += copies
+    if child[ROOM] >= -TOLERANCE:
+        lengths = np.empty(paces.size, np.int64)
+        child[RATE] = fluid_rate(perf, most, gain, paces, child[COUNTS:], lengths)
+        if child[RATE] < 0.0:
+            child[ROOM] = -np.inf
+
+
+@compiled
+def _hidden(states: Any, chain: Any, head: int, row: int) -> bool:
+    """Whether a state of the bucket dominates `row`; one that `row` dominates gets the bound -inf."""
+    at = head
+    while at >= 0:
+        same = True
+        for k in range(COUNTS, states.shape[1]):
+            same = same and states[at, k] == states[row, k]
+        if same:
+            worth = states[at, WORTH] - states[row, WORTH]
+            room = states[at, ROOM] - states[row, ROOM]
+            spent = states[at, SPENT] - states[row, SPENT]
+            if worth >= 0.0 and room >= 0.0 and spent <= 0.0:
+                return True
+            if worth <= 0.0 and room <= 0.0 and spent >= 0.0:
+                states[at, BOUND] = -np.inf
+        at = chain[at]
+    return False
+
+
+@compiled
+def _bucket(state: Any) -> int:
+    key = 0
+    for k in range(COUNTS, state.size):
+        key = (key * 31 + int(state[k])) % 1000003
+    return key % BUCKETS
+
+
+@compiled
+def _survivors(states: Any, size: int, width: int, outcome: Any) -> Any:
+    """The states that are not dominated, those of highest bound when there are more than `width`."""
+    rank = np.argsort(-states[:size, BOUND], kind="mergesort")
+    alive = 0
+    while alive < size and states[rank[alive], BOUND] > -np.inf:
+        alive += 1
+    if alive > width:
+        outcome[DROPPED] = max(outcome[DROPPED], states[rank[width], BOUND])
+    return states[rank[: min(alive, width)]]
+
+
+@compiled
+def search(
+    perf: Any,
+    most: float,
+    gain: Any,
+    paces: Any,
+    jobs: Any,
+    base: Any,
+    fixed: Any,
+    free: float,
+    terms: Any,
+    unit: float,
+    width: int,
+    prove: bool,
+    best: Any,
+    outcome: Any,
+) -> None:
+    """One pass through the classes for a set worth more than `outcome[BEST]`; leaves it in `best` [classes].
+
+    At most `width` states outlive a class. With `prove` every state must also pass the construction.
+    """
+    classes = jobs.shape[1]
+    capacity = 4 * width
+    states = np.zeros((1, COUNTS + paces.size))
+    states[0, COUNTS:] = base
+    states[0, NODE] = -1.0
+    lengths = np.empty(paces.size, np.int64)
+    states[0, RATE] = fluid_rate(perf, most, gain, paces, base, lengths) if base.sum() > 0 else -1.0
+    states[0, BOUND] = _bound(terms, 0, states[0], free, unit)
+    after = np.empty((capacity, COUNTS + paces.size))
+    chain = np.empty(capacity, np.int64)
+    heads = np.empty(BUCKETS, np.int64)
+    nodes = np.empty((3, EXPANSIONS), np.int64)
+    taken = np.zeros(classes, np.int64)
+    made = 0
+    final = 0
+    for g in range(classes):
+        if jobs[FORCED, g] > 0.0:
+            final = g
+    for g in range(classes):
+        heads[:] = -1
+        new = 0
+        for parent in states:
+            if parent[RATE] < 0.0:
+                parent[ROOM] = idle_tokens(perf, most, jobs[DUE, g])
+            else:
+                parent[ROOM] += parent[RATE] * (jobs[DUE, g] - (jobs[DUE, g - 1] if g > 0 else 0.0))
+            least = int(jobs[COPIES, g] * jobs[FORCED, g])
+            for copies in range(int(jobs[COPIES, g]), least - 1, -1):
+                if new == capacity or made == EXPANSIONS or outcome[VISITS] > CONSTRUCTIONS:
+                    outcome[DROPPED] = max(outcome[DROPPED], parent[BOUND])
+                    break
+                child = after[new]
+                _child(perf, most, gain, paces, jobs[:, g], copies, parent, child)
+                if child[ROOM] < -TOLERANCE or child[SPENT] > free:
+                    continue
+                child[BOUND] = _bound(terms, g + 1, child, free, unit)
+                if child[BOUND] <= outcome[BEST] + TOLERANCE:
+                    continue
+                bucket = _bucket(child)
+                if _hidden(after, chain, heads[bucket], new):
+                    continue
+                if copies > 0:
+                    nodes[PARENT, made] = int(parent[NODE])
+                    nodes[CLASS, made] = g
+                    nodes[TAKEN, made] = copies
+                    child[NODE] = made
+                    made += 1
+                    better = g >= final and child[WORTH] > outcome[BEST]
+                    if prove or better:
+                        _trace(nodes, made - 1, taken)
+                    if prove and least == 0:
+                        if not constructed(perf, most, gain, paces, jobs, fixed, taken, outcome):
+                            continue
+                    if better:
+                        outcome[BEST] = child[WORTH]
+                        best[:] = taken
+                chain[new] = heads[bucket]
+                heads[bucket] = new
+                new += 1
+        states = _survivors(after, new, width, outcome)
+    outcome[MADE] += made
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A problem as the compiled functions take it; `members[g]` are the requests of class g."""
+
+    model: tuple[Any, float, Any, Any]  # perf, max batch tokens, gain, tpots
+    jobs: NDArray[np.float64]
+    base: NDArray[np.int64]
+    fixed: NDArray[np.float64]
+    free: float
+    unit: float
+    members: tuple[NDArray[np.int64], ...]
+
+
+def _prepare(problem: AdmissionProblem) -> _Task:
+    due = np.maximum(problem.deadlines - problem.now, 0.0)
+    running, values, blocks = problem.running, problem.values, problem.blocks
+    decoding = running & (problem.prompts == 0) & (due == 0.0)
+    wanted = ~running & (values > 0.0) & (blocks <= problem.free_blocks)
+    bounded = int(blocks[wanted].sum()) > problem.free_blocks
+    rows = np.flatnonzero(wanted | (running & ~decoding))
+    keep = running[rows]
+    columns = np.stack([due[rows], problem.prompts[rows], blocks[rows] * (bounded & ~keep), values[rows] * ~keep])
+    columns = np.concatenate([columns, np.ones((1, rows.size)), problem.tiers[None, rows], keep[None, :]])
+    order = np.lexsort((*columns[PROMPT:COPIES], *columns[TIER:], columns[DUE]))
+    columns, rows = columns[:, order], rows[order]
+    first = np.flatnonzero(np.concatenate([[True], (columns[:, 1:] != columns[:, :-1]).any(axis=0)])[: rows.size])
+    jobs = np.ascontiguousarray(columns[:, first])
+    jobs[COPIES] = np.diff(np.append(first, rows.size))
+    base = np.bincount(problem.tiers[decoding], minlength=len(problem.tpots))
+    model = (problem.perf, float(problem.max_batch_tokens), problem.gain, np.array(problem.tpots))
+    members = tuple(np.split(rows, first[1:])) if rows.size else ()
+    return _Task(model, jobs, base, _fixed(jobs, base), float(problem.free_blocks), _unit(values[wanted]), members)
+
+
+def _fixed(jobs: NDArray[np.float64], base: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The streams of the running requests: one per tier of decodes in step, one per forced class."""
+    tiers = np.flatnonzero(base)
+    forced = jobs[:, jobs[FORCED] > 0.0]
+    streams = np.zeros((STREAM_COLUMNS, tiers.size + forced.shape[1]))
+    streams[KIND] = np.concatenate([tiers, forced[TIER]])
+    streams[MANY] = np.concatenate([base[tiers], forced[COPIES]])
+    streams[ANCHOR, tiers.size :] = forced[DUE]
+    streams[LEFT, tiers.size :] = forced[PROMPT] * forced[COPIES]
+    return streams
+
+
+def _unit(values: NDArray[np.float64]) -> float:
+    """The largest integer that divides every value; 0 when they are not whole."""
+    if values.size == 0 or (values != np.floor(values)).any() or values.max() > 2**52:
+        return 0.0
+    return float(np.gcd.reduce(values.astype(np.int64)))
+
+
+def _priced(task: _Task, taken: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Terms of the Lagrangian bound, [1 or 2, TERM_ROWS, classes + 1], with prices from the supply beside `taken`."""
+    perf, most, gain, paces = task.model
+    supply, _ = supplied(*task.model, task.jobs, task.base, taken)
+    used = np.zeros(1)
+    price = _token_prices(task.jobs, supply, 0.0, used)
+    terms = [_terms(perf, most, paces, task.jobs, price, 0.0)]
+    if used[0] > task.free:
+        low, high = 0.0, float((task.jobs[VALUE] / np.maximum(task.jobs[BLOCKS], 1.0)).max())
+        for _ in range(PRICE_STEPS):
+            middle = 0.5 * (low + high)
+            price = _token_prices(task.jobs, supply, middle, used)
+            low, high = (middle, high) if used[0] > task.free else (low, middle)
+        terms += [_terms(perf, most, paces, task.jobs, _token_prices(task.jobs, supply, mu, used), mu) for mu in (low, high)]
+    return np.stack(terms)
+
+
+def admit_exact(problem: AdmissionProblem, *, constructive: bool = True) -> AdmissionResult:
+    """The new requests to accept; without `constructive` the optimum under the fluid bound alone."""
+    task = _prepare(problem)
+    kept = (task.jobs[FORCED] * task.jobs[COPIES]).astype(np.int64)
+    supply, rate = supplied(*task.model, task.jobs, task.base, kept)
+    outcome = np.array([0.0, -np.inf, 0.0, 0.0])
+    possible = rate >= 0.0 and bool((np.cumsum(task.jobs[PROMPT] * kept) <= supply + TOLERANCE).all())
+    if not possible or (constructive and not constructed(*task.model, task.jobs, task.fixed, kept, outcome)):
+        return AdmissionResult((), 0.0, 0.0, True, False, 0)
+    best = kept.copy()
+    _widening(task, False, best, outcome)
+    bound = max(outcome[BEST], outcome[DROPPED])
+    if constructive and not constructed(*task.model, task.jobs, task.fixed, best, outcome):
+        outcome[BEST] = _lightened(task, best, outcome)
+        outcome[DROPPED] = -np.inf
+        _pass(task, _priced(task, best), WIDE, True, best, outcome)
+    exact = max(outcome[BEST], outcome[DROPPED]) <= outcome[BEST] + TOLERANCE
+    accepted = [rows[:copies] for rows, copies, forced in zip(task.members, best, kept, strict=True) if not forced]
+    chosen = np.sort(np.concatenate(accepted)) if accepted else np.zeros(0, np.int64)
+    value = float(problem.values[chosen].sum())
+    return AdmissionResult(tuple(chosen.tolist()), value, float(bound), bool(exact), True, int(outcome[MADE]))
+
+
+def _widening(task: _Task, prove: bool, best: NDArray[np.int64], outcome: NDArray[np.float64]) -> None:
+    """A narrow pass, and when that dropped anything a wide one with prices learnt from its result."""
+    terms = _priced(task, best)
+    _pass(task, terms, NARROW, prove, best, outcome)
+    if outcome[DROPPED] > outcome[BEST] + TOLERANCE:
+        outcome[DROPPED] = -np.inf
+        _pass(task, np.concatenate([terms, _priced(task, best)]), WIDE, prove, best, outcome)
+
+
+def _pass(
+    task: _Task, terms: NDArray[np.float64], width: int, prove: bool, best: NDArray[np.int64], outcome: NDArray[np.float64]
+) -> None:
+    search(*task.model, task.jobs, task.base, task.fixed, task.free, terms, task.unit, width, prove, best, outcome)
+
+
+def _lightened(task: _Task, best: NDArray[np.int64], outcome: NDArray[np.float64]) -> float:
+    """Take requests out of `best`, the least worth per token first, until the construction serves it; its value."""
+    worth = task.jobs[VALUE] / np.maximum(task.jobs[PROMPT], 1.0)
+    while True:
+        open_ = [g for g in np.argsort(worth, kind="stable") if best[g] > 0 and task.jobs[FORCED, g] == 0.0]
+        for g in open_:
+            best[g] -= 1
+            if constructed(*task.model, task.jobs, task.fixed, best, outcome):
+                return float((task.jobs[VALUE] * best).sum())
+            best[g] += 1
+        best[open_[0]] -= 1

@@ -1,0 +1,133 @@
+"""From the settings to a running set: model, engine, time model, scheduler. The one place that knows them all."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slos_serve.scheduler import POLICIES, BatchShape, PerfModel, Request, Slo, Stage
+from slos_serve.scheduler.engine import Planner
+
+from .config import EngineConfig
+from .profiling import SHORT_SECONDS, Profile, fit_samples, host_facts, measure, model_facts
+from .tokenizer import Codec, Tokenizer
+from .worker import ServingEngine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine with its tokenizer, and the facts that its speed depends on."""
+
+    engine: ServingEngine
+    codec: Codec
+    vocab_size: int
+    host: Mapping[str, Any]
+    model: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """Everything one replica runs with."""
+
+    engine: ServingEngine
+    codec: Codec
+    vocab_size: int
+    scheduler: Planner
+    perf: PerfModel
+
+    @property
+    def max_context(self) -> int:
+        """The longest prompt plus output, by the engine's positions and by its memory."""
+        limits = self.engine.capabilities
+        return min(limits.max_context, limits.num_blocks * limits.block_tokens)
+
+    def prefill_seconds(self, tokens: int) -> float:
+        """The time that a prompt of so many tokens takes on an idle machine, in batches as large as they may be."""
+        whole = self.engine.capabilities.max_batch_tokens
+        starts = range(0, tokens, whole)
+        sizes = [min(whole, tokens - start) for start in starts]
+        areas = [size * (start + 0.5 * size) for start, size in zip(starts, sizes, strict=True)]
+        return math.fsum(self.perf.seconds(BatchShape(n, 0, area)) for n, area in zip(sizes, areas, strict=True))
+
+
+def load_engine(config: EngineConfig, version_dir: Path) -> Loaded:
+    """Load the model into the engine that the settings name. Raises ValueError for what cannot be loaded."""
+    if config.engine != "torch":
+        raise ValueError(f"engine: must be one of torch, got {config.engine!r}")
+    import torch
+
+    from .hf_model import load_model
+    from .torch_engine import TorchEngine
+
+    threads = config.num_threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    folder = version_dir / config.model
+    draft_folder = version_dir / config.draft_model if config.draft_model and config.max_draft else None
+    target = load_model(folder, dtype=config.dtype, device=config.device, needs_tokenizer=True)
+    draft = None if draft_folder is None else load_model(draft_folder, dtype=config.dtype, device=config.device)
+    codec = Tokenizer(folder)
+    engine = TorchEngine(
+        target,
+        draft,
+        kv_cache_bytes=config.kv_cache_mb * 2**20,
+        block_tokens=config.block_tokens,
+        max_context=config.max_context,
+        max_batch_tokens=config.max_batch_tokens,
+        max_batch_requests=config.max_batch_requests,
+        max_draft=config.max_draft,
+        think_end_id=codec.token_id(config.think_end),
+    )
+    return Loaded(
+        engine,
+        codec,
+        target.vocab_size,
+        host_facts(str(target.device), threads),
+        model_facts(config.engine, folder, draft_folder, config.dtype),
+    )
+
+
+def build_engine(config: EngineConfig, version_dir: Path) -> Built:
+    """Load, warm up and time everything. Raises ValueError or OSError naming what is wrong."""
+    if config.policy not in POLICIES:
+        raise ValueError(f"policy: must be one of {', '.join(POLICIES)}, got {config.policy!r}")
+    started = time.monotonic()
+    loaded = load_engine(config, version_dir)
+    log.info("model %s loaded in %.1f s", version_dir / config.model, time.monotonic() - started)
+    perf = _time_model(config, version_dir, loaded)
+    scheduler = POLICIES[config.policy](loaded.engine.capabilities, perf)
+    _warm_up(POLICIES[config.policy](loaded.engine.capabilities, perf))
+    log.info("%s is ready after %.1f s: %s", config.policy, time.monotonic() - started, loaded.engine.capabilities)
+    return Built(loaded.engine, loaded.codec, loaded.vocab_size, scheduler, perf)
+
+
+def _time_model(config: EngineConfig, version_dir: Path, loaded: Loaded) -> PerfModel:
+    """That of the profile file where it is about this host and model, else one measured now."""
+    path = version_dir / (config.profile or "profile.json")
+    if path.exists():
+        profile = Profile.read(path)
+        if profile.is_about(loaded.host, loaded.model):
+            measure(loaded.engine, loaded.vocab_size, 0.0)  # warms up
+            log.info("time model from %s, MAPE %.1f %%", path, profile.fit.mape)
+            return profile.perf
+        log.warning("%s is about another host or model: measuring for %.0f s instead", path, SHORT_SECONDS)
+    elif config.profile:
+        raise ValueError(f"profile: there is no file {path}; write one with `slos-serve profile`, or set null")
+    samples = measure(loaded.engine, loaded.vocab_size, SHORT_SECONDS)
+    perf, score = fit_samples(samples)
+    log.info("time model from %d batches measured now, R2 %.2f, MAPE %.1f %%", len(samples), score.r2, score.mape)
+    return perf
+
+
+def _warm_up(scheduler: Planner) -> None:
+    """Plan once for a request with and one without an SLO, so that the first real plan compiles nothing."""
+    for name, slo in (("promised", Slo(10.0, 1.0)), ("free", None)):
+        scheduler.add(Request(name, 0.0, 1, (Stage(1, slo),)), 0.0)
+    scheduler.plan(0.0)

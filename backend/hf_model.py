@@ -1,0 +1,211 @@
+"""A language model from a local Hugging Face folder, and its forward pass over a paged KV cache.
+
+Nothing is ever downloaded. Whatever is wrong with a folder is told with the name of the file and what to
+do. Model code and weights are those of transformers; only the attention is ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from . import attention
+from .attention import ROWS, KvCache, Span
+
+SUPPORTED: Final = ("llama", "mistral", "opt", "qwen2", "qwen3")
+_ROPES: Final = ("default", "linear", "dynamic", "yarn", "llama3")
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+class ModelError(ValueError):
+    """The folder cannot be served; the text names the file and says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A transformers causal language model in evaluation mode, and the facts the engine needs."""
+
+    folder: Path
+    model: Any
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    sliding_window: int | None
+    eos_ids: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token in all layers."""
+        return 2 * self.num_layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class PagedModel:
+    """A model with its KV cache. `forward` computes packed tokens; the caller owns the blocks."""
+
+    def __init__(self, loaded: LoadedModel, num_blocks: int, block_tokens: int) -> None:
+        self.loaded = loaded
+        self.cache = KvCache(
+            loaded.num_layers, loaded.kv_heads, loaded.head_dim, num_blocks, block_tokens, loaded.dtype, loaded.device
+        )
+
+    def forward(self, spans: Sequence[Span], rows: Sequence[int]) -> torch.Tensor:
+        """Compute `spans` as one batch; the logits [len(rows), vocabulary] of the packed rows `rows`."""
+        batch = attention.pack(spans, self.cache, self.loaded.num_heads // self.loaded.kv_heads)
+        hidden: torch.Tensor = self.loaded.model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, slos_batch=batch
+        ).last_hidden_state[0]
+        if not rows:
+            return hidden.new_empty(0, self.loaded.vocab_size)
+        picked = np.resize(rows, -(-len(rows) // ROWS) * ROWS)  # repeats rows to fill up
+        logits: torch.Tensor = self.loaded.model.lm_head(hidden[torch.from_numpy(picked).to(hidden.device)])
+        return logits[: len(rows)]
+
+
+def load_model(
+    folder: Path | str, *, dtype: torch.dtype | str = "float32", device: torch.device | str = "auto",
+    needs_tokenizer: bool = False,
+) -> LoadedModel:  # fmt: skip
+    """The model in `folder`, with our attention. Raises ModelError when it cannot be served.
+
+    `device` "auto" is CUDA where there is one, else the CPU. `needs_tokenizer`: a folder without a
+    tokenizer is refused as well.
+    """
+    folder = Path(folder)
+    _check_files(folder, needs_tokenizer)
+    _check_config(folder)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise ModelError(f"dtype: must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        dtype = _DTYPES[dtype]
+    return _facts(folder, _load(folder, dtype, torch.device(device)), dtype, torch.device(device))
+
+
+def check_draft(target: LoadedModel, draft: LoadedModel) -> None:
+    """Raise ModelError when `draft` cannot propose tokens for `target`."""
+    if draft.vocab_size != target.vocab_size:
+        raise ModelError(
+            f"draft model {draft.folder} has a vocabulary of {draft.vocab_size} tokens, the target {target.folder} "
+            f"one of {target.vocab_size}: they must have the same tokenizer; choose another draft model or none"
+        )
+
+
+def _check_files(folder: Path, needs_tokenizer: bool) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"model folder {folder} does not exist: give the path of a local Hugging Face folder")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and not any(folder.glob("pytorch_model*.bin")):
+        raise ModelError(f"{folder} has no weights: expected *.safetensors (or pytorch_model*.bin) beside config.json")
+    if needs_tokenizer and not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise ModelError(f"{folder} has no tokenizer: expected one of {', '.join(_TOKENIZERS)}")
+    for path in weights:
+        _check_safetensors(path)
+
+
+def _check_safetensors(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read ({error}): copy the file again") from error
+
+
+def _check_config(folder: Path) -> None:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        family = config.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is not a JSON object ({error}): copy the file again") from error
+    if family not in SUPPORTED:
+        raise ModelError(f"{path}: model_type {family!r} is not supported; supported are {', '.join(SUPPORTED)}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPES:
+        # such as "longrope", which turns all positions of a batch differently when one request in it is long
+        raise ModelError(f"{path}: rope type {kind!r} is not supported; supported are {', '.join(_ROPES)}")
+
+
+def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    try:
+        with _no_progress_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, attn_implementation=attention.NAME, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    except Exception as error:
+        raise ModelError(f"{folder} cannot be loaded: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(f"{folder} has no weights for {len(missing)} tensors, {missing[0]} the first: copy it again")
+    return model.to(device).eval()
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _facts(folder: Path, model: Any, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    config = model.config
+    heads = config.num_attention_heads
+    return LoadedModel(
+        folder=folder,
+        model=model,
+        vocab_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        max_positions=config.max_position_embeddings,
+        sliding_window=_sliding_window(config),
+        eos_ids=_end_ids(model),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _sliding_window(config: Any) -> int | None:
+    """The window of the layers that see only so many tokens back, None when all layers see all."""
+    layers = getattr(config, "layer_types", None)
+    if layers is not None and "sliding_attention" not in layers:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _end_ids(model: Any) -> tuple[int, ...]:
+    """The tokens that end a text: those of the generation settings, else those of the model's."""
+    for config in (model.generation_config, model.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    return ()

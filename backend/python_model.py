@@ -1,0 +1,183 @@
+"""What Triton calls: translate each request, hand it to the engine thread, return at once.
+
+One instance is one engine with its scheduler. The threads are Triton's (`execute`), the engine's (`worker`),
+the senders' (`responder`) and the metrics'. This module and `metrics` alone see Triton's Python interface.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import triton_python_backend_utils as pb_utils
+
+from slos_serve.client.wire import INPUTS, OUTPUTS, Array
+
+from .config import read_config
+from .metrics import Metrics, TritonExporter
+from .refusal import Refusal
+from .responder import Reply, Responder
+from .roster import Roster
+from .sessions import Sessions
+from .worker import Worker
+
+log = logging.getLogger(__name__)
+
+SWITCH_SECONDS: Final = 0.0002
+FLUSH_SECONDS: Final = 10.0
+EXIT_FAILED: Final = 70
+# Names of `pb_utils.TritonError`: its values are not there yet when a configuration is completed.
+STATUS: Final[Mapping[str, str]] = {
+    "INVALID_ARGUMENT": "INVALID_ARG",
+    "ALREADY_EXISTS": "ALREADY_EXISTS",
+    "OVERLOADED": "UNAVAILABLE",
+    "UNAVAILABLE": "UNAVAILABLE",
+    "CANCELLED": "CANCELLED",
+    "INTERNAL": "INTERNAL",
+}
+DATA_TYPE: Final = {"BYTES": "TYPE_STRING"}
+
+
+class TritonOutlet:
+    """Owns one request's response sender and sends the final flag exactly once.
+
+    Used by one thread at a time. After the final flag the sender is not touched: asking it whether the
+    request is cancelled would crash the server.
+    """
+
+    def __init__(self, sender: Any) -> None:
+        self._sender = sender
+        self._is_closed = False
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    def send(self, tensors: Mapping[str, Array], *, final: bool) -> None:
+        """Raises what Triton raises; the request is then still open unless this was final."""
+        self._send(pb_utils.InferenceResponse([pb_utils.Tensor(*item) for item in tensors.items()]), final)
+
+    def fail(self, refusal: Refusal) -> None:
+        error = pb_utils.TritonError(str(refusal), getattr(pb_utils.TritonError, STATUS[refusal.code]))
+        self._send(pb_utils.InferenceResponse(error=error), final=True)
+
+    def is_cancelled(self) -> bool:
+        return not self._is_closed and bool(self._sender.is_cancelled())
+
+    def _send(self, response: Any, final: bool) -> None:
+        assert not self._is_closed, "a response after the final one"
+        if not final:
+            self._sender.send(response)
+            return
+        self._is_closed = True
+        try:
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception:
+            with contextlib.suppress(Exception):  # without any final flag the caller would wait for ever
+                self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            raise
+
+
+class TritonPythonModel:
+    """One instance of a model whose `backend` is slos_serve."""
+
+    @staticmethod
+    def auto_complete_config(config: Any) -> Any:
+        """The tensors of `client.wire`, all inputs optional; no batch dimension; responses as they come."""
+        config.set_max_batch_size(0)
+        config.set_model_transaction_policy({"decoupled": True})
+        for field in INPUTS:
+            config.add_input({**_tensor(field.name, field.dtype, field.dims), "optional": True})
+        for field in OUTPUTS:
+            config.add_output(_tensor(field.name, field.dtype, field.dims))
+        return config
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load, measure and start everything. Raises what is wrong with the settings or the model."""
+        from .build import build_engine  # these import torch: `auto_complete_config` runs in a process of its own
+        from .translate import Limits, Translator
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        sys.setswitchinterval(SWITCH_SECONDS)
+        version_dir = Path(args["model_repository"]) / args["model_version"]
+        config = read_config(version_dir)
+        built = build_engine(config, version_dir)
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self._drain = config.shutdown_drain_s
+        self._turn = itertools.count(1)
+        self._metrics = Metrics(TritonExporter(labels))
+        self._responder = Responder(config.sender_threads)
+        sessions = Sessions(built.codec, config.session_tokens)
+        self._translator = Translator(
+            codec=built.codec,
+            limits=Limits(built.max_context, built.vocab_size, config.default_max_tokens),
+            classes=config.classes,
+            default_class=config.default_class,
+            prefill_seconds=built.prefill_seconds,
+            sessions=sessions,
+        )
+        self._roster = Roster(config.max_requests, config.max_queued_tokens, built.prefill_seconds)
+        self._worker = Worker(
+            scheduler=built.scheduler,
+            engine=built.engine,
+            voice=self._responder,
+            observer=self._metrics,
+            roster=self._roster,
+            sessions=sessions,
+            failed=self._exit,
+        )
+        self._metrics.start()
+        self._responder.start(gone=self._worker.cancel)
+        self._worker.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Take each request on, or answer what is wrong with it."""
+        arrived_at = time.monotonic()
+        for request in requests:
+            outlet = TritonOutlet(request.get_response_sender())
+            try:
+                self._worker.submit(Reply(self._submission(request, arrived_at), outlet))
+            except Refusal as refusal:
+                self._refuse(outlet, refusal)
+            except Exception as error:
+                log.exception("request %r could not be read", request.request_id())
+                self._refuse(outlet, Refusal("INTERNAL", f"the request could not be read: {error}"))
+
+    def finalize(self) -> None:
+        """Let what is in flight end for a while, answer the rest, and end all threads."""
+        log.info("unloading: up to %.0f s for %d requests in flight", self._drain, len(self._roster))
+        self._worker.close(self._drain)
+        self._responder.close(FLUSH_SECONDS)
+        self._metrics.close()
+        log.info("unloaded")
+
+    def _submission(self, request: Any, arrived_at: float) -> Any:
+        request_id = request.request_id() or f"slos-{next(self._turn)}"
+        tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        parameters = json.loads(request.parameters() or "{}")
+        return self._translator.submission(request_id, tensors, parameters, arrived_at)
+
+    def _refuse(self, outlet: TritonOutlet, refusal: Refusal) -> None:
+        self._metrics.refused(refusal.code)
+        outlet.fail(refusal)
+
+    def _exit(self, cause: BaseException) -> None:
+        """The engine failed and everything is answered: get the answers out, then end this process.
+
+        A supervisor sees the dead process and restarts the server; nothing in here could be trusted.
+        """
+        self._responder.close(FLUSH_SECONDS)
+        log.critical("leaving, because the engine failed: %s", cause)
+        os._exit(EXIT_FAILED)
+
+
+def _tensor(name: str, dtype: str, dims: Sequence[int]) -> dict[str, Any]:
+    return {"name": name, "data_type": DATA_TYPE.get(dtype, f"TYPE_{dtype}"), "dims": list(dims)}

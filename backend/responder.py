@@ -1,0 +1,229 @@
+"""Sends what the engine thread produced, on threads of its own, and notices callers that are gone.
+
+One send is a round trip of about a tenth of a millisecond into the server, so the engine thread only
+queues, a few lanes send, and a lane joins all tokens that wait for a request into one response. All events
+of a request pass through one lane, in order, so its text decoder and its outlet need no lock.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+
+from slos_serve.client.wire import Array
+
+from .refusal import Refusal
+
+if TYPE_CHECKING:  # imports torch
+    from .translate import Submission
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS: Final = 0.1
+
+
+class Outlet(Protocol):
+    """The way back to one caller. After a final `send` or a `fail` it is closed for good."""
+
+    @property
+    def is_closed(self) -> bool: ...
+    def send(self, tensors: Mapping[str, Array], *, final: bool) -> None: ...
+    def fail(self, refusal: Refusal) -> None: ...
+    def is_cancelled(self) -> bool: ...
+
+
+@dataclass(slots=True, eq=False)
+class Reply:
+    """What is still to be said to one caller."""
+
+    submission: Submission
+    outlet: Outlet
+    lane: int = 0
+    ids: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    token_index: int = 0
+    finish_reason: str | None = None
+    receipt: Mapping[str, Any] | None = None
+    is_abandoned: bool = False
+
+    def push(self, ids: Sequence[int]) -> None:
+        """Add tokens to what waits."""
+        if not self.token_index and not self.ids and self.submission.echo:
+            self.text.append(self.submission.echo)
+        self.ids += ids
+        self.text += map(self.submission.text.push, ids)
+
+    def flush(self) -> None:
+        """Send what waits, if the caller wants it now and there is any."""
+        final = self.finish_reason is not None
+        if final:
+            self.text.append(self.submission.text.flush())
+        text = "".join(self.text)
+        if final or (self.submission.streaming and (text or (self.submission.return_token_ids and self.ids))):
+            tensors = self._tensors(text)
+            self.ids, self.text = [], []
+            self.outlet.send(tensors, final=final)
+
+    def _tensors(self, text: str) -> dict[str, Array]:
+        self.token_index += len(self.ids)
+        tensors: dict[str, Array] = {
+            "text_output": np.array([text.encode("utf-8", "replace")], dtype=np.object_),
+            "token_index": np.array([self.token_index], dtype=np.int32),
+        }
+        if self.submission.return_token_ids:
+            tensors["output_ids"] = np.array(self.ids, dtype=np.int32)
+        if self.finish_reason is not None:
+            tensors["finish_reason"] = np.array([self.finish_reason.encode()], dtype=np.object_)
+            tensors["receipt"] = np.array([json.dumps(self.receipt).encode()], dtype=np.object_)
+        return tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The engine thread has taken the request."""
+
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """New tokens; with a finish reason and a receipt they are the last."""
+
+    reply: Reply
+    ids: Sequence[int]
+    finish_reason: str | None = None
+    receipt: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """No more tokens, an error instead."""
+
+    reply: Reply
+    refusal: Refusal
+
+
+Event = Opened | Tokens | Failed
+
+
+class Lane(threading.Thread):
+    """One sender thread. `gone` is told the reply whose caller cancelled or went away."""
+
+    def __init__(self, name: str, gone: Callable[[Reply], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.events: SimpleQueue[Event | None] = SimpleQueue()
+        self._gone = gone
+        self._open: set[Reply] = set()
+        self._poll_at = 0.0
+
+    def run(self) -> None:
+        running = True
+        while running:
+            events = self._take()
+            running = None not in events
+            waiting: dict[Reply, None] = {}
+            for event in events:
+                if event is not None:
+                    self._apply(event, waiting)
+            for reply in waiting:
+                self._guarded(reply, reply.flush)
+            self._poll()
+
+    def _take(self) -> list[Event | None]:
+        """All events that wait; at least one, or none after the poll interval."""
+        events: list[Event | None] = []
+        try:
+            events.append(self.events.get(timeout=POLL_SECONDS if self._open else None))
+            while True:
+                events.append(self.events.get_nowait())
+        except Empty:
+            return events
+
+    def _apply(self, event: Event, waiting: dict[Reply, None]) -> None:
+        reply = event.reply
+        if isinstance(event, Opened):
+            self._open.add(reply)
+        elif reply.outlet.is_closed:
+            return
+        elif isinstance(event, Failed):
+            waiting.pop(reply, None)
+            self._guarded(reply, reply.flush)
+            self._guarded(reply, lambda: reply.outlet.fail(event.refusal))
+        else:
+            self._guarded(reply, lambda: reply.push(event.ids))
+            reply.finish_reason, reply.receipt = event.finish_reason, event.receipt
+            waiting[reply] = None
+
+    def _guarded(self, reply: Reply, act: Callable[[], None]) -> None:
+        """Run `act`; a response that cannot be made or sent ends its own request only."""
+        try:
+            act()
+        except Exception as error:
+            log.exception("request %s: response failed", reply.submission.request.id)
+            if not reply.outlet.is_closed:
+                reply.outlet.fail(Refusal("INTERNAL", f"the response could not be sent: {error}"))
+            self._abandon(reply)
+        if reply.outlet.is_closed:
+            self._open.discard(reply)
+
+    def _poll(self) -> None:
+        now = time.monotonic()
+        if now < self._poll_at:
+            return
+        self._poll_at = now + POLL_SECONDS
+        for reply in list(self._open):
+            if not reply.is_abandoned and not reply.outlet.is_closed and reply.outlet.is_cancelled():
+                self._abandon(reply)
+
+    def _abandon(self, reply: Reply) -> None:
+        if not reply.is_abandoned:
+            reply.is_abandoned = True
+            self._gone(reply)
+
+
+class Responder:
+    """The lanes. Everything but `start` and `close` is called by the engine thread."""
+
+    def __init__(self, lanes: int) -> None:
+        self._count = lanes
+        self._lanes: list[Lane] = []
+        self._turn = itertools.count()
+
+    def start(self, gone: Callable[[Reply], None]) -> None:
+        self._lanes = [Lane(f"sender-{index}", gone) for index in range(self._count)]
+        for lane in self._lanes:
+            lane.start()
+
+    def open(self, reply: Reply) -> None:
+        """From now on the caller is watched; must come before the reply's other events."""
+        reply.lane = next(self._turn) % self._count
+        self._put(Opened(reply))
+
+    def tokens(self, reply: Reply, ids: Sequence[int]) -> None:
+        self._put(Tokens(reply, ids))
+
+    def finish(self, reply: Reply, ids: Sequence[int], reason: str, receipt: Mapping[str, Any]) -> None:
+        self._put(Tokens(reply, ids, reason, receipt))
+
+    def fail(self, reply: Reply, refusal: Refusal) -> None:
+        self._put(Failed(reply, refusal))
+
+    def close(self, timeout: float) -> None:
+        """Send what is queued and end the threads, waiting at most `timeout` seconds."""
+        for lane in self._lanes:
+            lane.events.put(None)
+        until = time.monotonic() + timeout
+        for lane in self._lanes:
+            lane.join(max(0.0, until - time.monotonic()))
+
+    def _put(self, event: Event) -> None:
+        self._lanes[event.reply.lane].events.put(event)

@@ -1,0 +1,361 @@
+"""The engine on PyTorch: runs the batches a plan names, over a paged KV cache, and remembers the tokens.
+
+It decides nothing: not what runs, not when. A request's tokens depend on its prompt, its parameters and its
+seed, never on the batches it ran in, on chunking, on eviction or on a prefix hit. Greedy tokens do not
+depend on speculation either. One thread only; never touches text.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from slos_serve.scheduler.core import Advance, Capabilities, Chunk, Plan, StepReport
+
+from .attention import Span
+from .hf_model import LoadedModel, PagedModel, check_draft
+from .kv_pool import KvPool
+from .sampling import Row, SamplingParams
+from .sequence import Gain, Sequence, as_ids
+from .speculation import NO_GUESS, Ask, Drafter, Guess, ModelDrafter, NgramDrafter, verify
+
+_NO_GAIN = Gain(())
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What to generate: a prompt, the most new tokens of each stage (several: thinking, then the answer), how.
+
+    `stop` is called with every new token in order; True finishes the request, the token is kept.
+    """
+
+    request_id: str
+    token_ids: Many[int]
+    stage_limits: tuple[int, ...]
+    sampling: SamplingParams
+    stop: Callable[[int], bool] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one request gained in a step. `finish_reason`: None, or "stop", "length" or "error" in its last one.
+
+    Of `drafted` guesses that were really made, `accepted` are among the tokens.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """One chunk being run: `length` known tokens from `start`, then at most `draft` guesses."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    draft: int
+    guess: Guess = NO_GUESS
+
+    @property
+    def samples(self) -> bool:
+        return self.start + self.length == self.sequence.known
+
+
+class TorchEngine:
+    """One replica of a model, and of a draft model where there is one."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        draft: LoadedModel | None,
+        *,
+        kv_cache_bytes: int,
+        block_tokens: int = 16,
+        max_batch_tokens: int,
+        max_batch_requests: int,
+        max_context: int,
+        max_draft: int = 0,
+        think_end_id: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_draft` > 0 without a draft model: guesses are looked up in the request's own tokens.
+
+        `think_end_id` is the token that ends the thinking stage. Raises ValueError for sizes that do not fit.
+        """
+        draft = draft if max_draft else None
+        for loaded in (model, draft):
+            _check_context(loaded, max_context)
+        if draft is not None:
+            check_draft(model, draft)
+        num_blocks = _num_blocks(model, draft, kv_cache_bytes, block_tokens)
+        self._capabilities = Capabilities(
+            num_blocks, block_tokens, max_batch_tokens, max_batch_requests, max_context, max_draft=max_draft
+        )
+        self._pool = KvPool(num_blocks, block_tokens)
+        self._model = PagedModel(model, num_blocks, block_tokens)
+        self._drafter = _drafter(draft, num_blocks, block_tokens, max_draft)
+        self._think_end_id = think_end_id
+        self._clock = clock
+        self._sequences: dict[str, Sequence] = {}
+        self.outputs: list[Output] = []
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    def add(self, generation: Generation) -> int:
+        """Take a request; how many leading tokens of its prompt have KV already, now pinned for it.
+
+        At least one token is left to compute. Raises ValueError for bad ids or limits, for what is longer
+        than the context or the cache, and for an id in use.
+        """
+        sequence = self._sequence(generation)
+        whole_blocks = (sequence.prompt_tokens - 1) // self._pool.block_tokens
+        prompt = sequence.tokens[: sequence.prompt_tokens]
+        sequence.keys = self._pool.chain(prompt)
+        sequence.blocks = self._pool.match(sequence.keys[:whole_blocks])
+        sequence.remembered = len(sequence.blocks)
+        sequence.computed = len(sequence.blocks) * self._pool.block_tokens
+        if self._drafter is not None:
+            self._drafter.adopt(sequence)
+        self._sequences[sequence.request_id] = sequence
+        return sequence.computed
+
+    def release(self, request_id: str) -> None:
+        """Forget a request and free its blocks; their contents stay known as a prefix. Unknown ids are ignored."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._drop(sequence)
+
+    def step(self, plan: Plan, now: float) -> StepReport:
+        """Drop the KV of `plan.evicted`, run `plan.chunks` as one batch, sample where they reach the last token.
+
+        Raises RuntimeError with the numbers, changing nothing, for a plan that cannot be run: that is a
+        fault of the planner. `now` is not used; the times reported are of the engine's clock.
+        """
+        started_at = self._clock()
+        self._check(plan)
+        for request_id in plan.evicted:
+            self._drop(self._sequences[request_id])
+        works = [self._work(chunk) for chunk in plan.chunks]
+        self._allocate(works)
+        self.outputs = []
+        advances: tuple[Advance, ...] = ()
+        if works:
+            with torch.inference_mode():
+                self._propose(works)
+                gained = self._compute(works)
+            advances = tuple(self._finish(work, tokens) for work, tokens in zip(works, gained, strict=True))
+        return StepReport(started_at, self._clock(), advances, self._pool.free_blocks, self._pool.shared_blocks)
+
+    def check_memory(self) -> None:
+        """Raise AssertionError unless the pool is whole and every request holds the blocks of its computed tokens."""
+        self._pool.check()
+        for sequence in self._sequences.values():
+            if len(sequence.blocks) != self._pool.blocks_for(sequence.computed):
+                held = len(sequence.blocks)
+                raise AssertionError(f"{sequence.request_id} has {sequence.computed} tokens in {held} blocks")
+
+    def _sequence(self, generation: Generation) -> Sequence:
+        request_id, limits, sampling = generation.request_id, generation.stage_limits, generation.sampling
+        if request_id in self._sequences:
+            raise ValueError(f"request {request_id}: the id is in use")
+        if not limits or min(limits) < 1:
+            raise ValueError(f"request {request_id}: every stage needs a limit of at least 1, got {limits}")
+        vocab_size = self._model.loaded.vocab_size
+        prompt = as_ids(request_id, generation.token_ids, vocab_size)
+        total, room = len(prompt) + sum(limits), self._room
+        if total > room:
+            raise ValueError(
+                f"request {request_id}: a prompt of {len(prompt)} and at most {sum(limits)} new tokens "
+                f"are {total} tokens, more than the {room} that the engine has room for"
+            )
+        if sampling.end_id is not None and sampling.end_id >= vocab_size:
+            raise ValueError(f"request {request_id}: end_id must be in [0, {vocab_size}), got {sampling.end_id}")
+        ends = self._model.loaded.eos_ids if sampling.end_id is None else (sampling.end_id,)
+        tokens = np.zeros(total, dtype=np.int64)
+        tokens[: len(prompt)] = prompt
+        return Sequence(
+            request_id, tokens, len(prompt), tuple(limits), sampling,
+            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            end_ids=() if sampling.ignore_eos else ends,
+            think_end_id=self._think_end_id,
+            stop=generation.stop,
+        )  # fmt: skip
+
+    @property
+    def _room(self) -> int:
+        """Most tokens of a request: the context, or the cache where it is smaller. The last needs no KV."""
+        return min(self._capabilities.max_context, self._pool.num_blocks * self._pool.block_tokens + 1)
+
+    def _check(self, plan: Plan) -> None:
+        """Raise RuntimeError when the plan contradicts what the engine knows."""
+        for request_id in plan.evicted:
+            _require(request_id in self._sequences, f"evicted request {request_id} is not known")
+        evicted = set(plan.evicted)
+        limits = self._capabilities
+        _require(len({chunk.request_id for chunk in plan.chunks}) == len(plan.chunks), "a request has two chunks")
+        _require(len(plan.chunks) <= limits.max_batch_requests, f"{len(plan.chunks)} chunks in a batch of {limits}")
+        tokens = sum(chunk.length for chunk in plan.chunks)
+        _require(tokens <= limits.max_batch_tokens, f"{tokens} tokens in a batch of {limits}")
+        needed = 0
+        for chunk in plan.chunks:
+            sequence = self._sequences.get(chunk.request_id)
+            _require(sequence is not None, f"{chunk}: the request is not known")
+            assert sequence is not None
+            is_evicted = chunk.request_id in evicted
+            self._check_chunk(chunk, sequence, 0 if is_evicted else sequence.computed)
+            needed += self._pool.blocks_for(chunk.start + chunk.length - _useless(chunk, sequence))
+            needed -= 0 if is_evicted else len(sequence.blocks)
+        free = self._pool.free_blocks + self._pool.freed_by(self._sequences[name].blocks for name in evicted)
+        _require(needed <= free, f"the batch needs {needed} more KV blocks, {free} of {limits.num_blocks} are free")
+
+    def _check_chunk(self, chunk: Chunk, sequence: Sequence, computed: int) -> None:
+        known_end = chunk.start + chunk.length - chunk.draft
+        state = f"{chunk}: {computed} of {sequence.known} known tokens are computed"
+        _require(chunk.start == computed, f"{state}, so it must start there")
+        _require(chunk.start < known_end <= sequence.known, f"{state}; it must compute some of the rest")
+        _require(0 <= chunk.draft <= self._capabilities.max_draft, f"{state}; max_draft is {self.capabilities}")
+        _require(chunk.draft == 0 or known_end == sequence.known, f"{state}; guesses come after all known tokens")
+
+    def _work(self, chunk: Chunk) -> _Work:
+        sequence = self._sequences[chunk.request_id]
+        return _Work(sequence, chunk.start, chunk.length - chunk.draft, chunk.draft - _useless(chunk, sequence))
+
+    def _allocate(self, works: Iterable[_Work]) -> None:
+        fresh: list[int] = []
+        for work in works:
+            blocks = work.sequence.blocks
+            end = work.start + work.length + work.draft
+            blocks += (given := self._pool.allocate(self._pool.blocks_for(end) - len(blocks)))
+            fresh += given
+        if fresh:
+            self._model.cache.clear(fresh)
+            if self._drafter is not None:
+                self._drafter.clear(fresh)
+
+    def _propose(self, works: Iterable[_Work]) -> None:
+        """Let the drafter guess, and compute its KV of the prompt chunks."""
+        if self._drafter is None:
+            return
+        asking = [work for work in works if work.draft or work.length > 1]
+        asks = [Ask(work.sequence, work.start + work.length, work.draft) for work in asking]
+        for work, guess in zip(asking, self._drafter.propose(asks), strict=True):
+            work.guess = guess
+            work.sequence.guess(guess.tokens)
+
+    def _compute(self, works: Many[_Work]) -> list[list[int]]:
+        """The batch through the model: the tokens each chunk gains, none for one that ends inside the prompt."""
+        spans: list[Span] = []
+        rows: list[Row] = []
+        logit_rows: list[int] = []
+        total = 0
+        for work in works:
+            guesses = len(work.guess.tokens)
+            end = work.start + work.length + guesses
+            spans.append(Span(work.sequence.tokens[work.start : end], work.start, work.sequence.blocks))
+            total += end - work.start
+            if work.samples:
+                rows += [work.sequence.row(count) for count in range(guesses + 1)]
+                logit_rows += range(total - guesses - 1, total)
+        logits = self._model.forward(spans, logit_rows)
+        sampling = [work for work in works if work.samples]
+        gained = iter(verify(logits, rows, [work.guess for work in sampling]) if sampling else ())
+        return [next(gained) if work.samples else [] for work in works]
+
+    def _finish(self, work: _Work, tokens: list[int]) -> Advance:
+        """Book what a chunk achieved. The last new token has no KV yet, the accepted guesses before it have."""
+        sequence = work.sequence
+        gain = sequence.append(tokens) if tokens else _NO_GAIN
+        count = len(gain.token_ids)
+        accepted = max(0, count - 1)
+        self._settle(sequence, work.start + work.length + accepted)
+        if tokens:
+            self.outputs.append(
+                Output(sequence.request_id, gain.token_ids, gain.finish_reason, len(work.guess.tokens), accepted)
+            )
+        is_done = gain.finish_reason is not None
+        if is_done:
+            del self._sequences[sequence.request_id]
+            self._pool.free(sequence.blocks, forget=gain.finish_reason == "error")
+        computed = sequence.computed
+        return Advance(sequence.request_id, computed, count, accepted, gain.stage_ended, is_done)
+
+    def _settle(self, sequence: Sequence, computed: int) -> None:
+        """Keep the blocks of `computed` tokens, and let others find those that are full."""
+        pool = self._pool
+        sequence.computed = computed
+        sequence.draft_computed = min(sequence.draft_computed, computed)
+        keep = pool.blocks_for(computed)
+        pool.free(sequence.blocks[keep:])
+        del sequence.blocks[keep:]
+        full = computed // pool.block_tokens
+        hashed = len(sequence.keys)
+        if hashed < full:
+            tokens = sequence.tokens[hashed * pool.block_tokens : full * pool.block_tokens]
+            sequence.keys += pool.chain(tokens, *sequence.keys[-1:])
+        for index in range(sequence.remembered, full):
+            pool.remember(sequence.blocks[index], sequence.keys[index])
+        sequence.remembered = full
+
+    def _drop(self, sequence: Sequence) -> None:
+        self._pool.free(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = sequence.draft_computed = sequence.remembered = 0
+
+
+def _useless(chunk: Chunk, sequence: Sequence) -> int:
+    """Planned guesses that would pass the end of the stage; they are not made."""
+    return max(0, chunk.draft - sequence.useful_guesses)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(f"the plan cannot be run: {message}")
+
+
+def _check_context(loaded: LoadedModel | None, max_context: int) -> None:
+    if loaded is None:
+        return
+    if max_context > loaded.max_positions:
+        raise ValueError(
+            f"max_context: must be at most {loaded.max_positions}, the positions that {loaded.folder} has, "
+            f"got {max_context}"
+        )
+    if loaded.sliding_window is not None and max_context > loaded.sliding_window:
+        raise ValueError(
+            f"max_context: must be at most {loaded.sliding_window}, the sliding window of {loaded.folder} "
+            f"(attention beyond a window is not supported), got {max_context}"
+        )
+
+
+def _num_blocks(model: LoadedModel, draft: LoadedModel | None, kv_cache_bytes: int, block_tokens: int) -> int:
+    """Blocks that fit into the memory, besides the two that the cache needs for padding."""
+    if block_tokens < 1:
+        raise ValueError(f"block_tokens: must be at least 1, got {block_tokens}")
+    token_bytes = model.kv_bytes_per_token + (draft.kv_bytes_per_token if draft is not None else 0)
+    num_blocks = kv_cache_bytes // (token_bytes * block_tokens) - 2
+    if num_blocks < 1:
+        raise ValueError(
+            f"kv_cache_bytes: must be at least {3 * token_bytes * block_tokens}, "
+            f"three blocks of {block_tokens} tokens of {token_bytes} bytes, got {kv_cache_bytes}"
+        )
+    return num_blocks
+
+
+def _drafter(draft: LoadedModel | None, num_blocks: int, block_tokens: int, max_draft: int) -> Drafter | None:
+    if not max_draft:
+        return None
+    if draft is None:
+        return NgramDrafter()
+    return ModelDrafter(PagedModel(draft, num_blocks, block_tokens), num_blocks)

@@ -1,0 +1,272 @@
+"""The engine thread: the only one that touches scheduler and engine.
+
+    inbox -> add, cancel        other threads only put messages there
+    plan -> step -> report      one iteration
+    engine.outputs -> responder
+
+Every submission accepted by `submit` ends in exactly one `finish` or `fail` at the responder, also when the
+engine raises: then everything in flight is answered INTERNAL, nothing more is accepted, and `failed` is called.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from slos_serve.scheduler.core import Plan, Snapshot, StepReport
+from slos_serve.scheduler.engine import Engine, Planner
+
+from .receipt import Ledger
+from .refusal import Refusal
+from .responder import Reply
+from .roster import Roster
+from .sessions import Round, Sessions
+
+if TYPE_CHECKING:  # imports torch
+    from .torch_engine import Generation, Output
+    from .translate import Submission
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS: Final = 0.2
+
+
+class ServingEngine(Engine, Protocol):
+    """An engine that serves: it remembers token ids and gives back what it generated.
+
+    `add` takes a request and returns how many of its prompt tokens have their KV already (pinned for it);
+    it raises ValueError for a request that it cannot run. `outputs` are the new tokens of the last step,
+    each request at most once; one with a finish reason (stop, length or error) is the last of its request.
+    """
+
+    def add(self, generation: Generation) -> int: ...
+    @property
+    def outputs(self) -> Sequence[Output]: ...
+
+
+class Voice(Protocol):
+    """Where the answers go; `Responder` in the server."""
+
+    def open(self, reply: Reply) -> None: ...
+    def tokens(self, reply: Reply, ids: Sequence[int]) -> None: ...
+    def finish(self, reply: Reply, ids: Sequence[int], reason: str, receipt: Mapping[str, Any]) -> None: ...
+    def fail(self, reply: Reply, refusal: Refusal) -> None: ...
+
+
+class Observer(Protocol):
+    """What is measured; `Metrics` in the server. Called by the engine thread, so each call must be cheap."""
+
+    def turned(self, snapshot: Snapshot) -> None: ...  # a sign of life, a few times a second
+    def stepped(self, plan: Plan, report: StepReport, planning: float, drafted: int) -> None: ...
+    def ended(self, ledger: Ledger, outcome: str) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request in flight, as the engine thread sees it."""
+
+    reply: Reply
+    ledger: Ledger
+    output_ids: list[int]
+
+    @property
+    def submission(self) -> Submission:
+        return self.reply.submission
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+class Worker:
+    """Owns one scheduler and one engine, on a thread of its own between `start` and `close`."""
+
+    def __init__(
+        self,
+        scheduler: Planner,
+        engine: ServingEngine,
+        voice: Voice,
+        observer: Observer,
+        roster: Roster,
+        sessions: Sessions,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """`failed` is called on the engine thread, last of all, when the engine or the scheduler raised."""
+        self._scheduler = scheduler
+        self._engine = engine
+        self._voice = voice
+        self._observer = observer
+        self._roster = roster
+        self._sessions = sessions
+        self._failed = failed
+        self._inbox: SimpleQueue[Reply | _Cancel | _Stop] = SimpleQueue()
+        self._jobs: dict[str, Job] = {}
+        self._gate = threading.Lock()  # makes "refuse from now on" and "put in the inbox" exclude each other
+        self._closed = ""  # why nothing more is accepted
+        self._idle_until = 0.0
+        self._beat_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, reply: Reply) -> None:
+        """Take a request on. Raises Refusal when it cannot be taken; then nothing will be said to it here."""
+        request = reply.submission.request
+        with self._gate:
+            if self._closed:
+                raise Refusal("UNAVAILABLE", self._closed)
+            self._roster.enter(request.id, request.prompt_tokens)
+            self._inbox.put(reply)
+
+    def cancel(self, reply: Reply) -> None:
+        """Forget a request within one iteration; nothing happens when it has ended."""
+        self._inbox.put(_Cancel(reply))
+
+    def close(self, drain: float) -> None:
+        """Refuse what comes, give what is in flight `drain` seconds to end, then answer it UNAVAILABLE."""
+        with self._gate:
+            self._closed = self._closed or "the model is being unloaded"
+        until = time.monotonic() + drain
+        while len(self._roster) and self._thread.is_alive() and time.monotonic() < until:
+            time.sleep(0.01)
+        self._inbox.put(_Stop())
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._take():
+                self._iterate()
+        except BaseException as error:
+            log.exception("the engine thread failed with %d requests in flight", len(self._jobs))
+            self._end_all(Refusal("INTERNAL", f"engine: {type(error).__name__}: {error}"))
+            self._failed(error)
+
+    def _end_all(self, refusal: Refusal) -> None:
+        """Answer everything in flight with `refusal`, what is still in the inbox too, and accept nothing more."""
+        with self._gate:
+            self._closed = self._closed or "the engine has stopped"
+        for message in self._waiting():
+            if isinstance(message, Reply):
+                self._jobs[message.submission.request.id] = self._job(message)
+        for job in list(self._jobs.values()):
+            self._remove(job, "failed" if refusal.code == "INTERNAL" else "unavailable")
+            self._voice.fail(job.reply, refusal)
+
+    def _take(self) -> bool:
+        """Handle all messages, waiting for one when nothing can run. False: stop."""
+        while True:
+            for message in self._waiting():
+                self._idle_until = 0.0
+                if isinstance(message, Reply):
+                    self._add(message)
+                elif isinstance(message, _Cancel):
+                    self._drop(message.reply)
+                else:
+                    self._end_all(Refusal("UNAVAILABLE", self._closed))
+                    return False
+            now = time.monotonic()
+            if now >= self._beat_at:
+                self._beat_at = now + BEAT_SECONDS
+                self._observer.turned(self._scheduler.snapshot())
+            if now >= self._idle_until:
+                return True
+
+    def _waiting(self) -> Iterator[Reply | _Cancel | _Stop]:
+        """The messages in the inbox; while idle, waits for the first one, but no longer than a heartbeat."""
+        idle = min(self._idle_until - time.monotonic(), BEAT_SECONDS)
+        try:
+            yield self._inbox.get(timeout=idle) if idle > 0 else self._inbox.get_nowait()
+            while True:
+                yield self._inbox.get_nowait()
+        except Empty:
+            return
+
+    def _job(self, reply: Reply) -> Job:
+        self._voice.open(reply)
+        return Job(reply, Ledger(reply.submission.request), [])
+
+    def _add(self, reply: Reply) -> None:
+        job = self._job(reply)
+        request = reply.submission.request
+        self._jobs[request.id] = job
+        try:
+            cached = self._engine.add(reply.submission.generation)
+        except ValueError as error:
+            self._remove(job, "refused")
+            self._voice.fail(reply, Refusal("INVALID_ARGUMENT", str(error)))
+            return
+        job.ledger.cached_tokens = cached
+        self._scheduler.add(replace(request, cached_tokens=cached), time.monotonic())
+
+    def _drop(self, reply: Reply) -> None:
+        job = self._jobs.get(reply.submission.request.id)
+        if job is not None and job.reply is reply:  # else it has ended, and its id may be in use again
+            self._scheduler.cancel(reply.submission.request.id)
+            self._engine.release(reply.submission.request.id)
+            self._remove(job, "cancelled")
+            self._voice.finish(reply, (), "cancelled", job.ledger.receipt())
+
+    def _iterate(self) -> None:
+        started = time.monotonic()
+        plan = self._scheduler.plan(started)
+        planned = time.monotonic()
+        for decision in plan.decisions:
+            self._jobs[decision.request_id].ledger.decide(decision)
+        if not plan.chunks and not plan.evicted:
+            self._idle_until = plan.wake_at if self._jobs else math.inf
+            return
+        for request_id in plan.evicted:
+            self._jobs[request_id].ledger.preemptions += 1
+        for chunk in plan.chunks:
+            self._jobs[chunk.request_id].ledger.run(planned)
+        report = self._engine.step(plan, planned)
+        self._scheduler.report(report)
+        drafted = sum(output.drafted for output in self._engine.outputs)
+        self._observer.stepped(plan, report, planned - started, drafted)
+        self._deliver(report)
+
+    def _deliver(self, report: StepReport) -> None:
+        for advance in report.advances:
+            job = self._jobs[advance.request_id]
+            if advance.new_tokens and not job.ledger.token_times:
+                self._roster.prefilled(advance.request_id)
+            job.ledger.advance(advance, report.finished_at)
+        for output in self._engine.outputs:
+            job = self._jobs[output.request_id]
+            job.ledger.drafted += output.drafted
+            job.output_ids += output.token_ids
+            if output.finish_reason is None:
+                self._voice.tokens(job.reply, output.token_ids)
+            elif output.finish_reason == "error":
+                self._remove(job, "failed")
+                self._voice.fail(job.reply, Refusal("INTERNAL", "model: the logits are not numbers"))
+            else:
+                self._remember(job)
+                self._remove(job, "finished")
+                self._voice.finish(job.reply, output.token_ids, output.finish_reason, job.ledger.receipt())
+
+    def _remember(self, job: Job) -> None:
+        session, prompt = job.ledger.request.session, job.submission.prompt
+        if session is not None and prompt is not None:
+            ids = job.submission.generation.token_ids
+            self._sessions.remember(session, Round(prompt, tuple(ids), tuple(job.output_ids)))
+
+    def _remove(self, job: Job, outcome: str) -> None:
+        """Before the last response is queued: a caller that has it may use the request id again."""
+        del self._jobs[job.ledger.request.id]
+        self._roster.leave(job.ledger.request.id)
+        self._observer.ended(job.ledger, outcome)

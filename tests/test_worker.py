@@ -1,0 +1,414 @@
+"""The engine thread and the senders: every request is answered exactly once, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slos_serve.backend.config import DEFAULT_CLASSES
+from slos_serve.backend.metrics import Metrics, Numbers
+from slos_serve.backend.refusal import Refusal
+from slos_serve.backend.responder import Reply, Responder
+from slos_serve.backend.roster import Roster
+from slos_serve.backend.sessions import Sessions
+from slos_serve.backend.tokenizer import Tokenizer
+from slos_serve.backend.torch_engine import Generation, Output
+from slos_serve.backend.translate import Limits, Translator
+from slos_serve.backend.worker import Worker
+from slos_serve.client import wire
+from slos_serve.scheduler import Advance, Capabilities, PerfModel, Piece, Plan, Scheduler, StepReport
+
+CONTEXT = 256
+END = 0
+PERF = PerfModel((Piece(0.0005, 0.00001),))
+PATIENCE = 30.0
+
+
+class CountingEngine:
+    """Generates the token after the last one, in `pace` seconds per step; stops like a real engine."""
+
+    capabilities = Capabilities(
+        num_blocks=200, block_tokens=16, max_batch_tokens=64, max_batch_requests=16, max_context=CONTEXT
+    )
+
+    def __init__(self, vocab_size: int, pace: float = 0.0) -> None:
+        self.vocab_size = vocab_size
+        self.pace = pace
+        self.live: dict[str, tuple[Generation, list[int], int]] = {}
+        self.outputs: list[Output] = []
+        self.fails_at_step = -1
+        self.steps = 0
+
+    def add(self, generation: Generation) -> int:
+        self.live[generation.request_id] = (generation, list(generation.token_ids), 0)
+        return 0
+
+    def release(self, request_id: str) -> None:
+        self.live.pop(request_id, None)
+
+    def step(self, plan: Plan, now: float) -> StepReport:
+        self.steps += 1
+        if self.steps == self.fails_at_step:
+            raise FloatingPointError("the device fell off the bus")
+        time.sleep(self.pace)
+        self.outputs = []
+        advances = [self._advance(chunk.request_id, chunk.start + chunk.length) for chunk in plan.chunks]
+        return StepReport(now, time.monotonic(), tuple(advances))
+
+    def _advance(self, request_id: str, computed: int) -> Advance:
+        generation, tokens, _ = self.live[request_id]
+        if computed < len(tokens):
+            return Advance(request_id, computed)
+        token = max(1, (tokens[-1] + 1) % self.vocab_size)
+        tokens.append(token)
+        count = len(tokens) - len(generation.token_ids)
+        stopped = generation.stop is not None and generation.stop(token)
+        reason = "stop" if stopped else "length" if count == sum(generation.stage_limits) else None
+        self.outputs.append(Output(request_id, (token,), reason))
+        if reason:
+            self.release(request_id)
+        return Advance(request_id, computed, 1, 0, count == generation.stage_limits[0], reason is not None)
+
+
+class Caller:
+    """One caller's end: collects responses, may hang up, and refuses to be touched after the last one."""
+
+    def __init__(self) -> None:
+        self.responses: list[dict[str, Any]] = []
+        self.refusal: Refusal | None = None
+        self.has_hung_up = False
+        self.breaks = False
+        self.ended = threading.Event()
+
+    @property
+    def is_closed(self) -> bool:
+        return self.ended.is_set()
+
+    def send(self, tensors: Mapping[str, wire.Array], *, final: bool) -> None:
+        assert not self.is_closed
+        if self.breaks:
+            raise MemoryError("no shared memory left")
+        self.responses.append({name: array.tolist() for name, array in tensors.items()})
+        if final:
+            self.ended.set()
+
+    def fail(self, refusal: Refusal) -> None:
+        assert not self.is_closed
+        self.refusal = refusal
+        self.ended.set()
+
+    def is_cancelled(self) -> bool:
+        assert not self.is_closed
+        return self.has_hung_up
+
+    def wait(self) -> Caller:
+        assert self.ended.wait(PATIENCE), "no answer"
+        return self
+
+    @property
+    def text(self) -> str:
+        return b"".join(response["text_output"][0] for response in self.responses).decode()
+
+    @property
+    def receipt(self) -> dict[str, Any]:
+        receipt: dict[str, Any] = json.loads(self.responses[-1]["receipt"][0])
+        return receipt
+
+    @property
+    def finish_reason(self) -> str:
+        reason: bytes = self.responses[-1]["finish_reason"][0]
+        return reason.decode()
+
+
+class Bench:
+    """A worker with everything around it but Triton."""
+
+    def __init__(self, codec: Tokenizer, pace: float = 0.0, max_requests: int = 64, max_tokens: int = 10_000) -> None:
+        self.codec = codec
+        self.engine = CountingEngine(codec.vocab_size, pace)
+        self.sessions = Sessions(codec, 10_000)
+        self.failure: BaseException | None = None
+        self.numbers: list[Numbers] = []
+        self.metrics = Metrics(self.numbers.append)
+        self.responder = Responder(2)
+        self.roster = Roster(max_requests, max_tokens, lambda tokens: tokens / 100)
+        limits = Limits(CONTEXT, codec.vocab_size, 32)
+        self.translator = Translator(codec, limits, DEFAULT_CLASSES, "chatbot", lambda tokens: 0.1, self.sessions)
+        self.scheduler = Scheduler(self.engine.capabilities, PERF)
+        self.worker = Worker(
+            self.scheduler, self.engine, self.responder, self.metrics, self.roster, self.sessions, self._failed
+        )
+
+    def _failed(self, error: BaseException) -> None:
+        self.failure = error
+
+    def start(self) -> None:
+        self.metrics.start()
+        self.responder.start(gone=self.worker.cancel)
+        self.worker.start()
+
+    def send(self, request_id: str = "r", **fields: Any) -> Caller:
+        caller = Caller()
+        submission = self.translator.submission(request_id, wire.encode(fields), {}, time.monotonic())
+        self.worker.submit(Reply(submission, caller))
+        return caller
+
+    def close(self, drain: float = 0.0) -> None:
+        self.worker.close(drain)
+        self.responder.close(PATIENCE)
+        self.metrics.close()
+
+    def counted(self, name: str) -> dict[tuple[tuple[str, str], ...], float]:
+        """The sums of a counter by label, after `close`."""
+        sums: dict[tuple[tuple[str, str], ...], float] = {}
+        for numbers in self.numbers:
+            for (family, labels), value in numbers.counters.items():
+                if family == name:
+                    sums[labels] = sums.get(labels, 0.0) + value
+        return sums
+
+
+@pytest.fixture
+def bench(codec: Tokenizer) -> Iterator[Callable[..., Bench]]:
+    """Makes a running bench; all are closed at the end."""
+    made: list[Bench] = []
+
+    def make(**options: Any) -> Bench:
+        made.append(Bench(codec, **options))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def letters(codec: Tokenizer, start: int, count: int) -> str:
+    return codec.decode([max(1, (start + i) % codec.vocab_size) for i in range(count)])
+
+
+def test_a_whole_answer_is_one_response(bench: Callable[..., Bench], codec: Tokenizer) -> None:
+    """Without streaming everything comes at once, with the finish reason and the receipt."""
+    caller = bench().send(input_ids=[40], max_tokens=20, return_token_ids=True).wait()
+    assert len(caller.responses) == 1
+    assert caller.responses[0]["output_ids"] == list(range(41, 61))
+    assert caller.responses[0]["token_index"] == [20]
+    assert caller.text == letters(codec, 41, 20)
+    assert caller.finish_reason == "length"
+
+
+def test_a_stream_counts_its_tokens_and_ends_once(bench: Callable[..., Bench], codec: Tokenizer) -> None:
+    """The token index runs without a gap, the pieces are the text, and only the last has a receipt."""
+    one = bench(pace=0.002)
+    callers = [
+        one.send(f"r{i}", input_ids=[i + 1], max_tokens=30, stream=True, return_token_ids=True) for i in range(40)
+    ]
+    for i, caller in enumerate(callers):
+        caller.wait()
+        index = np.cumsum([len(response["output_ids"]) for response in caller.responses]).tolist()
+        assert index == [response["token_index"][0] for response in caller.responses]
+        assert index[-1] == 30
+        assert caller.text == letters(codec, i + 2, 30)
+        assert ["receipt" in response for response in caller.responses].count(True) == 1
+        assert len(caller.responses) > 1
+
+
+def test_the_receipt_tells_what_was_promised_and_kept(bench: Callable[..., Bench]) -> None:
+    """An easy SLO is admitted and attained stage by stage; best effort promises nothing."""
+    one = bench()
+    kept = one.send("a", input_ids=[1] * 100, max_tokens=9, thinking_tokens=4, slo_ttft_ms=20e3, slo_tpot_ms=20e3)
+    free = one.send("b", input_ids=[1], max_tokens=3, slo_class="best_effort")
+    receipt = kept.wait().receipt
+    assert (receipt["admitted"], receipt["attained"], receipt["tokens"]) == (True, True, 9)
+    assert [stage["tokens"] for stage in receipt["stages"]] == [4, 5]
+    assert receipt["stages"][0]["first_token_due_ms"] == 20e3
+    assert receipt["stages"][1]["first_token_due_ms"] == 100e3
+    assert 0 <= receipt["queue_ms"] <= receipt["ttft_ms"] <= 20e3
+    free_receipt = free.wait().receipt
+    assert (free_receipt["admitted"], free_receipt["attained"]) == (False, None)
+    assert "best effort" in free_receipt["reason"]
+
+
+def test_an_impossible_promise_is_served_best_effort(bench: Callable[..., Bench]) -> None:
+    """The answer comes all the same, and the receipt says that the promise was not made."""
+    caller = bench(pace=0.01).send(input_ids=[1] * 200, max_tokens=5, slo_ttft_ms=0.001, slo_tpot_ms=1000.0).wait()
+    assert caller.receipt["tokens"] == 5
+    assert (caller.receipt["admitted"], caller.receipt["attained"]) == (False, False)
+
+
+def test_a_stop_string_ends_text_and_generation(bench: Callable[..., Bench], codec: Tokenizer) -> None:
+    """The engine stops at the token that completes it and the text ends before it."""
+    whole = letters(codec, 41, 26)
+    stop = whole[10:13]
+    caller = bench().send(input_ids=[40], max_tokens=200, stop=[stop], stream=True, return_token_ids=True).wait()
+    assert caller.text == whole[:10]
+    assert caller.finish_reason == "stop"
+    assert sum(len(response["output_ids"]) for response in caller.responses) == 13
+
+
+def test_the_prompt_comes_first_when_asked_for(bench: Callable[..., Bench]) -> None:
+    """Echo once, in the first response only."""
+    one = bench(pace=0.001)
+    for stream in (False, True):
+        caller = one.send(text_input="hello", max_tokens=9, stream=stream, exclude_input_from_output=False).wait()
+        assert caller.text.startswith("hello")
+        assert caller.text.count("hello") == 1
+
+
+def test_hanging_up_frees_the_engine(bench: Callable[..., Bench]) -> None:
+    """Callers that are gone, waiting or running, leave nothing behind, and others are not disturbed."""
+    one = bench(pace=0.01)
+    callers = [one.send(f"r{i}", input_ids=[1] * 60, max_tokens=190, stream=True) for i in range(24)]
+    other = one.send("other", input_ids=[1], max_tokens=20)
+    until(lambda: any(caller.responses for caller in callers))
+    for caller in callers:
+        caller.has_hung_up = True
+    for caller in callers:
+        assert caller.wait().finish_reason == "cancelled"
+    assert other.wait().finish_reason == "length"
+    until(lambda: not one.engine.live)
+    assert len(one.roster) == 0
+    assert one.scheduler.free_blocks == one.engine.capabilities.num_blocks
+
+
+def test_a_response_that_cannot_be_sent_ends_its_request_only(bench: Callable[..., Bench]) -> None:
+    """When sending fails the request is answered with an error and cancelled."""
+    one = bench(pace=0.002)
+    other = one.send("other", input_ids=[1], max_tokens=50)
+    caller = Caller()
+    caller.breaks = True
+    submission = one.translator.submission("r", wire.encode({"input_ids": [1], "stream": True}), {}, 0.0)
+    one.worker.submit(Reply(submission, caller))
+    assert "no shared memory left" in str(caller.wait().refusal)
+    assert other.wait().finish_reason == "length"
+    until(lambda: not one.engine.live)
+
+
+def test_a_request_id_is_unique_in_flight_and_free_afterwards(bench: Callable[..., Bench]) -> None:
+    """A second request with the id is refused; once the last response is here the id may be used again."""
+    one = bench(pace=0.002)
+    first = one.send("same", input_ids=[1], max_tokens=20)
+    with pytest.raises(Refusal, match="ALREADY_EXISTS: id: request 'same'"):
+        one.send("same", input_ids=[2])
+    first.wait()
+    for _ in range(20):
+        one.send("same", input_ids=[2], max_tokens=2).wait()
+
+
+def test_too_much_at_once_is_refused_with_a_time_to_retry(bench: Callable[..., Bench]) -> None:
+    """Both bounds answer OVERLOADED; a huge max_tokens reserves nothing."""
+    one = bench(pace=0.02, max_requests=3)
+    callers = [one.send(f"r{i}", input_ids=[1], max_tokens=2**31 - 1) for i in range(3)]
+    with pytest.raises(Refusal, match=r"OVERLOADED retry_after_ms=\d+: requests in flight: at most 3"):
+        one.send("r3", input_ids=[1])
+    two = bench(pace=0.02, max_tokens=100)
+    callers.append(two.send("a", input_ids=[1] * 90, max_tokens=2**31 - 1))
+    with pytest.raises(Refusal, match=r"OVERLOADED retry_after_ms=900: waiting prompt tokens: at most 100, got 180"):
+        two.send("b", input_ids=[1] * 90)
+    until(lambda: bool(two.engine.outputs))
+    callers.append(two.send("b", input_ids=[1] * 90, max_tokens=1))
+    callers[-1].wait()
+    for caller in callers:
+        caller.has_hung_up = True
+
+
+def test_an_engine_failure_answers_everybody(bench: Callable[..., Bench]) -> None:
+    """What is in flight, waiting or in the inbox gets INTERNAL with the cause, what comes later UNAVAILABLE."""
+    one = bench(pace=0.005)
+    one.engine.fails_at_step = 10
+    callers = []
+    refused = 0
+    for i in range(60):
+        try:
+            callers.append(one.send(f"r{i}", input_ids=[1] * 50, max_tokens=100, stream=True))
+        except Refusal as refusal:
+            assert str(refusal).startswith("UNAVAILABLE: the engine has stopped")
+            refused += 1
+    for caller in callers:
+        assert "INTERNAL: engine: FloatingPointError: the device fell off the bus" in str(caller.wait().refusal)
+    until(lambda: one.failure is not None)
+    with pytest.raises(Refusal, match="UNAVAILABLE"):
+        one.send("late", input_ids=[1])
+    assert len(callers) + refused == 60
+
+
+@pytest.mark.parametrize("drain", [0.0, PATIENCE])
+def test_closing_answers_or_drains(bench: Callable[..., Bench], drain: float) -> None:
+    """With time in hand requests finish; without, they are answered UNAVAILABLE; none is forgotten."""
+    one = bench(pace=0.005)
+    callers = [one.send(f"r{i}", input_ids=[1], max_tokens=40, stream=True) for i in range(20)]
+    one.close(drain)
+    for caller in callers:
+        assert caller.is_closed
+        if drain:
+            assert caller.finish_reason == "length"
+        else:
+            assert "UNAVAILABLE: the model is being unloaded" in str(caller.refusal)
+    with pytest.raises(Refusal, match="UNAVAILABLE: the model is being unloaded"):
+        one.send("late", input_ids=[1])
+
+
+def test_a_session_continues_its_tokens(bench: Callable[..., Bench], codec: Tokenizer) -> None:
+    """The second round's prompt begins with the very tokens of the first round."""
+    one = bench()
+    first = one.send("a", text_input="ab", max_tokens=10, session_id="s", return_token_ids=True).wait()
+    before = [*codec.encode("ab"), *first.responses[0]["output_ids"]]
+    fields = {"text_input": "ab" + first.text + " more", "session_id": "s"}
+    again = one.translator.submission("b", wire.encode(fields), {}, 0.0)
+    assert list(again.generation.token_ids) == [*before, *codec.encode(" more")]
+
+
+def test_numbers_count_requests_but_not_probes(bench: Callable[..., Bench]) -> None:
+    """Each ended request is counted once under its class and outcome; a probe works and is not."""
+    one = bench()
+    for i in range(5):
+        one.send(f"r{i}", input_ids=[1, 2], max_tokens=3, slo_ttft_ms=20e3, slo_tpot_ms=20e3).wait()
+    one.send("probe-1", input_ids=[1], max_tokens=1, slo_class="best_effort").wait()
+    one.close()
+    finished = (("slo_class", "chatbot"), ("outcome", "finished"))
+    assert one.counted("slos_serve_requests_total") == {finished: 5}
+    kept = (("slo_class", "chatbot"), ("admitted", "true"), ("attained", "true"))
+    assert one.counted("slos_serve_slo_total") == {kept: 5}
+    assert one.counted("slos_serve_generated_tokens_total") == {(("slo_class", "chatbot"),): 15}
+    assert one.counted("slos_serve_iterations_total")[()] == one.engine.steps
+    observed = [key for numbers in one.numbers for (key, _), _ in numbers.observations]
+    assert observed.count("slos_serve_ttft_seconds") == 5
+
+
+def test_random_traffic_is_answered_exactly_once(bench: Callable[..., Bench]) -> None:
+    """Hundreds of requests that end, stop, hang up or are refused: each has one end and nothing is left."""
+    one = bench(pace=0.0005, max_requests=40, max_tokens=2000)
+    chance = np.random.default_rng(7)
+    callers: list[Caller] = []
+    overloaded = 0
+    for i in range(400):
+        fields: dict[str, Any] = {"input_ids": [1] * int(chance.integers(1, 200)), "stream": bool(chance.integers(2))}
+        fields["max_tokens"] = int(chance.integers(1, 40))
+        fields["slo_class"] = str(chance.choice(["chatbot", "coding", "best_effort"]))
+        try:
+            callers.append(one.send(f"r{i}", **fields))
+        except Refusal as refusal:
+            assert refusal.code == "OVERLOADED"
+            overloaded += 1
+            time.sleep(0.01)
+            continue
+        callers[-1].has_hung_up = bool(chance.random() < 0.2)
+    ends: Sequence[str] = [caller.wait().finish_reason for caller in callers]
+    assert set(ends) <= {"length", "cancelled"}
+    until(lambda: not one.engine.live)
+    assert len(one.roster) == 0
+    assert one.failure is None
+    assert overloaded + len(ends) == 400
