@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final, cast
 
@@ -61,6 +62,12 @@ class KvCache:
         self.scratch, self.zeros = num_blocks, num_blocks + 1
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # views made once: of each layer's tokens and of its blocks, keys and values
+        self._tokens = [
+            (k.view(-1, head_dim), v.view(-1, head_dim)) for k, v in zip(self.keys, self.values, strict=True)
+        ]
+        size = block_tokens * head_dim
+        self._blocks = [(k.view(-1, size), v.view(-1, size)) for k, v in self._tokens]
         self._gathered = torch.empty(0, dtype=dtype, device=device)
 
     def clear(self, blocks: Sequence[int]) -> None:
@@ -68,19 +75,21 @@ class KvCache:
 
     def write(self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store `key` and `value` [tokens, kv heads, head dim] at `rows` [tokens * kv heads]."""
-        for cache, new in ((self.keys, key), (self.values, value)):
-            cache[layer].view(-1, self.head_dim).index_copy_(0, rows, new.reshape(-1, self.head_dim))
+        keys, values = self._tokens[layer]
+        keys.index_copy_(0, rows, key.reshape(-1, self.head_dim))
+        values.index_copy_(0, rows, value.reshape(-1, self.head_dim))
 
     def read(self, layer: int, rows: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [-1, length, head dim] of `rows` (block * kv heads + head), valid until the next read."""
-        size = self.block_tokens * self.head_dim
-        if self._gathered.numel() < 2 * len(rows) * size:
-            self._gathered = self.keys.new_empty(2 * len(rows) * size)
-        space = self._gathered[: 2 * len(rows) * size].view(2, len(rows), size)
-        for cache, out in zip((self.keys, self.values), space, strict=True):
-            torch.index_select(cache[layer].view(-1, size), 0, rows, out=out)
-        key, value = space.view(2, -1, length, self.head_dim).float()
-        return key, value
+        keys, values = self._blocks[layer]
+        half = len(rows) * keys.shape[1]
+        if self._gathered.numel() < 2 * half:
+            self._gathered = self.keys.new_empty(2 * half)
+        key, value = self._gathered[:half], self._gathered[half : 2 * half]
+        torch.index_select(keys, 0, rows, out=key.view(len(rows), -1))
+        torch.index_select(values, 0, rows, out=value.view(len(rows), -1))
+        shape = (-1, length, self.head_dim)
+        return key.view(shape).float(), value.view(shape).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +159,7 @@ def pack(spans: Sequence[Span], cache: KvCache, heads_per_kv: int) -> Batch:
     )
 
 
+@lru_cache(maxsize=8)
 def _after(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     return (torch.arange(columns, device=device) > torch.arange(rows, device=device)[:, None])[:, None]
 

@@ -129,7 +129,7 @@ class _Bench:
         size = model.kv_bytes_per_token * BLOCK_TOKENS * (requests * (tokens // BLOCK_TOKENS + 1) + 2)
         self.engine: TorchEngine = TorchEngine(
             model, None, kv_cache_bytes=size, block_tokens=BLOCK_TOKENS,
-            max_batch_tokens=max(tokens, requests), max_batch_requests=requests, max_context=tokens,
+            max_batch_tokens=tokens * requests, max_batch_requests=requests, max_context=tokens,
         )  # fmt: skip
         self._room = tokens
         self._computed: dict[str, int] = {}
@@ -208,7 +208,10 @@ def _print_generate(model: LoadedModel, folder: Path, repeats: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(str(folder), dtype=model.dtype, local_files_only=True)
+    from .hf_model import no_progress_bars
+
+    with no_progress_bars():
+        plain = AutoModelForCausalLM.from_pretrained(str(folder), dtype=model.dtype, local_files_only=True)
     plain = plain.to(model.device).eval()
     print(f"\n{PROMPT_TOKENS} + {NEW_TOKENS} tokens, new tokens/s")
     print(f"{'streams':>24} {'engine':>8} {'generate':>9} {'ratio':>8}")

@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import random
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,13 +34,37 @@ log = logging.getLogger(__name__)
 
 FULL_SECONDS: Final = 60.0
 SHORT_SECONDS: Final = 3.0
-# Decodes in the batch and their context, in the order in which they are reached: cheap ones first.
-STAGES: Final = ((1, 32), (4, 64), (8, 128), (16, 128), (16, 256), (32, 256), (32, 512), (64, 512))
-PREFILLS: Final = (8, 32, 64, 128, 256, 512, 1024, 2048)
-DRAFTS: Final = (1, 2, 4, 8)
-REPEATS: Final = 3
-HELD_OUT_EVERY: Final = 4
-LEAST_SAMPLES: Final = 16
+LEAST_SAMPLES: Final = 20
+HELD_OUT: Final = 0.25
+OUTLIER: Final = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Batches around `count` decodes at `context` tokens: alone, with guesses, and beside a chunk of a prompt.
+
+    `prefills` are chunk lengths; where there is no decode they come alone, after `past` tokens of their prompt.
+    """
+
+    count: int
+    context: int
+    prefills: tuple[int, ...]
+    past: int = 0
+
+
+# In this order, so that a few seconds already see every term of the model; each round draws its sizes anew.
+STAGES: Final = (
+    Stage(1, 32, (32,)),
+    Stage(0, 0, (16, 64, 256, 512)),
+    Stage(8, 64, (16, 128)),
+    Stage(32, 64, (64,)),
+    Stage(0, 0, (512, 128), past=512),
+    Stage(16, 256, (32, 256)),
+    Stage(4, 512, (64, 512)),
+    Stage(32, 256, (128,)),
+    Stage(0, 0, (1024, 2048), past=1024),
+    Stage(64, 128, (64, 512)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,111 +122,132 @@ class _Run:
     count: int = 0
 
     def add(self, prompt_tokens: int) -> str:
-        """A request with a random prompt, of which nothing is computed yet."""
+        """A request with a random prompt, of which nothing is computed unless it was seen before."""
         self.count += 1
         request_id = f"profile-{self.count}"
         ids = tuple(self.chance.randrange(self.vocab_size) for _ in range(prompt_tokens))
         limit = self.engine.capabilities.max_context - prompt_tokens
         sampling = SamplingParams(ignore_eos=True)
-        self.engine.add(Generation(request_id, ids, (limit,), sampling, None))
-        self.computed[request_id] = 0
+        self.computed[request_id] = self.engine.add(Generation(request_id, ids, (limit,), sampling))
         return request_id
 
     def drop(self, request_id: str) -> None:
         self.engine.release(request_id)
         del self.computed[request_id]
 
-    def prefill(self, request_id: str, prompt_tokens: int) -> None:
-        """Compute a whole prompt in chunks, each of them a sample."""
-        while self.computed[request_id] < prompt_tokens:
-            start = self.computed[request_id]
-            self.samples.append(self.step([], (request_id, self._whole(start, prompt_tokens - start)), 0))
+    def drop_all(self) -> None:
+        for request_id in list(self.computed):
+            self.drop(request_id)
 
-    def _whole(self, start: int, left: int) -> int:
-        limits = self.engine.capabilities
-        length = min(left, limits.max_batch_tokens)
-        return length if length == left else max(limits.chunk_multiple, length - length % limits.chunk_multiple)
-
-    def step(self, decodes: Sequence[str], prefill: tuple[str, int] | None, draft: int) -> Sample:
-        """Run one batch: one token (and `draft` guesses) of each decode, and a chunk of a prompt."""
-        chunks = [Chunk(request_id, self.computed[request_id], 1 + draft, draft) for request_id in decodes]
-        area = 0.0
-        if prefill is not None:
-            start = self.computed[prefill[0]]
-            chunks.append(Chunk(prefill[0], start, prefill[1]))
-            area = prefill[1] * (start + 0.5 * prefill[1])
-        context = sum(chunk.start for chunk in chunks[: len(decodes)])
+    def step(self, chunks: Sequence[Chunk], draft: int = 0) -> None:
+        """Run one batch, which is one more sample. A chunk from position 0, or of several tokens, is a prefill."""
+        decodes = [chunk for chunk in chunks if chunk.start > 0 and chunk.length == 1 + chunk.draft]
+        area = sum(chunk.length * (chunk.start + 0.5 * chunk.length) for chunk in chunks if chunk not in decodes)
+        context = sum(chunk.start for chunk in decodes)
         report = self.engine.step(Plan(tuple(chunks)), time.monotonic())
         for advance in report.advances:
             self.computed[advance.request_id] = advance.computed
         shape = BatchShape(sum(chunk.length for chunk in chunks), context, area, draft)
-        return Sample(shape, report.finished_at - report.started_at)
+        self.samples.append(Sample(shape, report.finished_at - report.started_at))
 
-    def repeat(self, decodes: Sequence[str], prefill_tokens: int, draft: int) -> None:
-        """The fastest of some equal batches: what disturbs a batch is learnt while serving. A fresh prompt for each."""
-        samples = []
-        for _ in range(REPEATS):
-            fresh = self.add(prefill_tokens) if prefill_tokens else None
-            samples.append(self.step(decodes, (fresh, prefill_tokens) if fresh else None, draft))
-            if fresh:
-                self.drop(fresh)
-        self.samples.append(min(samples, key=lambda sample: sample.seconds))
+    def chunk(self, request_id: str, length: int, draft: int = 0) -> Chunk:
+        """The next `length` tokens of a request, the last `draft` of them guesses."""
+        return Chunk(request_id, self.computed[request_id], length, draft)
+
+    def prefill(self, prompts: Mapping[str, int]) -> Iterator[None]:
+        """Compute whole prompts of so many tokens, as many in a batch as it holds."""
+        left = dict(prompts)
+        while left:
+            room = self.engine.capabilities.max_batch_tokens
+            chunks = []
+            for request_id in list(left)[: self.engine.capabilities.max_batch_requests]:
+                length = min(left[request_id] - self.computed[request_id], room)
+                if length > 0:
+                    chunks.append(self.chunk(request_id, self._legal(length, left[request_id])))
+                    room -= length
+            self.step(chunks)
+            left = {name: tokens for name, tokens in left.items() if self.computed[name] < tokens}
+            yield
+
+    def _legal(self, length: int, whole: int) -> int:
+        multiple = self.engine.capabilities.chunk_multiple
+        return length if length == whole else max(length - length % multiple, min(multiple, length))
+
+    def batches(self, stage: Stage) -> Iterator[None]:
+        """The batches of a stage, as far as the engine can run them."""
+        limits = self.engine.capabilities
+        room = limits.num_blocks * limits.block_tokens // 2
+        past = self._vary(min(stage.past, limits.max_context // 2))
+        context = self._vary(min(stage.context, limits.max_context // 2))
+        count = min(stage.count, limits.max_batch_requests - 1, limits.max_batch_tokens, room // max(context, 1))
+        decodes = [self.add(context) for _ in range(count)]
+        yield from self.prefill(dict.fromkeys(decodes, context))
+        if decodes:
+            yield from self._decode(decodes)
+        for most in stage.prefills:
+            length = self._vary(min(most, limits.max_batch_tokens - count, limits.max_context - past - 2, room - past))
+            if length > 0:
+                yield from self._prefill_beside(decodes, past, length)
+        self.drop_all()
+
+    def _decode(self, decodes: Sequence[str]) -> Iterator[None]:
+        limits = self.engine.capabilities
+        for draft in (0, *range(1, limits.max_draft + 1), 0):
+            if len(decodes) * (1 + draft) <= limits.max_batch_tokens:
+                self.step([self.chunk(name, 1 + draft, draft) for name in decodes], draft)
+                yield
+
+    def _prefill_beside(self, decodes: Sequence[str], past: int, length: int) -> Iterator[None]:
+        fresh = self.add(past + length)
+        if past:
+            yield from self.prefill({fresh: past})
+        self.step([*(self.chunk(name, 1) for name in decodes), self.chunk(fresh, length)])
+        self.drop(fresh)
+        yield
+
+    def _vary(self, most: int) -> int:
+        """A size a little below `most`, so that no two rounds measure the same batches."""
+        return most - self.chance.randrange(most // 4 + 1) if most > 0 else 0
 
 
 def measure(engine: ServingEngine, vocab_size: int, seconds: float, seed: int = 0) -> tuple[Sample, ...]:
-    """Run batches of growing size for about `seconds`, but not fewer than a fit needs. All requests are released."""
+    """Run batches of all kinds for about `seconds`, but not fewer than a fit needs.
+
+    All requests are released.
+    """
     run = _Run(engine, vocab_size, random.Random(seed))
     until = time.monotonic() + seconds
     try:
-        run.repeat([], min(16, engine.capabilities.max_batch_tokens), 0)
-        run.samples.clear()  # the first batches pay for what is set up once
-        for _ in _stages(run):
-            if time.monotonic() > until and len(run.samples) >= LEAST_SAMPLES:
-                break
-        return tuple(run.samples)
+        for _ in run.batches(STAGES[0]):
+            run.samples.clear()  # the first batches pay for what is set up once
+        run.drop_all()
+        while True:
+            for _ in (None for stage in STAGES for _ in run.batches(stage)):
+                if time.monotonic() > until and len(run.samples) >= LEAST_SAMPLES:
+                    return tuple(run.samples)
     finally:
-        for request_id in list(run.computed):
-            run.drop(request_id)
+        run.drop_all()
 
 
-def _stages(run: _Run) -> Iterator[None]:
-    """Measured batch by measured batch, so that the caller can stop between any two."""
-    limits = run.engine.capabilities
-    decodes: list[str] = []
-    room = limits.num_blocks * limits.block_tokens
-    for count, context in STAGES:
-        count = min(count, limits.max_batch_requests - 1)
-        context = min(context, limits.max_context // 2)
-        while len(decodes) < count and room > 3 * context:
-            room -= 2 * context
-            decodes.append(run.add(context))
-            run.prefill(decodes[-1], context)
-            yield
-        decodes_now = decodes[: limits.max_batch_tokens]
-        for draft in (0, *(d for d in DRAFTS if d <= limits.max_draft)):
-            if (1 + draft) * len(decodes_now) <= limits.max_batch_tokens:
-                run.repeat(decodes_now, 0, draft)
-                yield
-        for tokens in PREFILLS:
-            if tokens + len(decodes_now) <= limits.max_batch_tokens and tokens < min(limits.max_context, room):
-                run.repeat(decodes_now, tokens, 0)
-                run.repeat([], tokens, 0)
-                yield
-        longest = min(limits.max_context - 2, room - limits.block_tokens, 8 * context)
-        if longest > 0:
-            request_id = run.add(longest)
-            run.prefill(request_id, longest)
-            run.drop(request_id)
-            yield
-
-
-def fit_samples(samples: Sequence[Sample]) -> tuple[PerfModel, FitQuality]:
+def fit_samples(samples: Sequence[Sample], seed: int = 0) -> tuple[PerfModel, FitQuality]:
     """The time model of all samples, and how well one fitted to three quarters predicts the others."""
-    kept = [sample for index, sample in enumerate(samples) if index % HELD_OUT_EVERY]
-    held_out = samples[::HELD_OUT_EVERY]
-    trial = fit([s.shape for s in kept], [s.seconds for s in kept])
-    score = quality(trial, [s.shape for s in held_out], [s.seconds for s in held_out])
-    return fit([s.shape for s in samples], [s.seconds for s in samples]), score
+    mixed = list(samples)
+    random.Random(seed).shuffle(mixed)
+    held_out = mixed[: max(1, int(len(mixed) * HELD_OUT))]
+    score = quality(_robust_fit(mixed[len(held_out) :]), *_columns(held_out))
+    return _robust_fit(samples), score
+
+
+def _robust_fit(samples: Sequence[Sample]) -> PerfModel:
+    """Fit twice, the second time without the batches that something else on the machine held up."""
+    trial = fit(*_columns(samples))
+    errors = [abs(trial.seconds(sample.shape) / sample.seconds - 1) for sample in samples]
+    limit = OUTLIER * max(statistics.median(errors), 0.01)
+    return fit(*_columns([sample for sample, error in zip(samples, errors, strict=True) if error <= limit]))
+
+
+def _columns(samples: Sequence[Sample]) -> tuple[list[BatchShape], list[float]]:
+    return [sample.shape for sample in samples], [sample.seconds for sample in samples]
 
 
 def host_facts(device: str, num_threads: int) -> dict[str, Any]:

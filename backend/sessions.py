@@ -57,7 +57,7 @@ class Sessions:
         return ids + (self._codec.encode(rest, start=False) if rest else [])
 
     def _repeated(self, last: Round, text: str) -> tuple[int, str]:
-        """How many answered tokens `text` begins with, and the text after them."""
+        """How many answered tokens `text` begins with, and the text after them; end tokens have no text."""
         decoder = IncrementalDecoder(self._codec, last.prompt_ids)
         kept, end, position = 0, 0, 0
         for count, token_id in enumerate(last.output_ids, start=1):
@@ -65,7 +65,7 @@ class Sessions:
             if not text.startswith(new, position):
                 break
             position += len(new)
-            if decoder.is_settled:
+            if decoder.is_settled and position > end:
                 kept, end = count, position
         return kept, text[end:]
 

@@ -159,7 +159,8 @@ def verify(logits: torch.Tensor, rows: Many[Row], guesses: Many[Guess]) -> list[
     decisions, drafts = _sampled_guesses(rows, guesses)
     if decisions and draws.chances is not None:
         at = torch.tensor(decisions, device=logits.device)
-        target = draws.chances[[draws.sampled.index(index) for index in decisions]]
+        drawn_at = {index: at for at, index in enumerate(draws.sampled)}
+        target = draws.chances[[drawn_at[index] for index in decisions]]
         decided = _accept_or_redraw(target, [rows[index] for index in decisions], drafts)
         tokens[at] = torch.where(tokens[at] == FAILED, FAILED, decided)
     said = iter(tokens.tolist())

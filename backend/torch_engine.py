@@ -144,10 +144,11 @@ class TorchEngine:
         fault of the planner. `now` is not used; the times reported are of the engine's clock.
         """
         started_at = self._clock()
-        self._check(plan)
+        chunks = tuple(plan.chunks)
+        self._check(chunks, plan.evicted)
         for request_id in plan.evicted:
             self._drop(self._sequences[request_id])
-        works = [self._work(chunk) for chunk in plan.chunks]
+        works = [self._work(chunk) for chunk in chunks]
         self._allocate(works)
         self.outputs = []
         advances: tuple[Advance, ...] = ()
@@ -198,35 +199,30 @@ class TorchEngine:
         """Most tokens of a request: the context, or the cache where it is smaller. The last needs no KV."""
         return min(self._capabilities.max_context, self._pool.num_blocks * self._pool.block_tokens + 1)
 
-    def _check(self, plan: Plan) -> None:
+    def _check(self, chunks: Many[Chunk], evicted: Many[str]) -> None:
         """Raise RuntimeError when the plan contradicts what the engine knows."""
-        for request_id in plan.evicted:
-            _require(request_id in self._sequences, f"evicted request {request_id} is not known")
-        evicted = set(plan.evicted)
         limits = self._capabilities
-        _require(len({chunk.request_id for chunk in plan.chunks}) == len(plan.chunks), "a request has two chunks")
-        _require(len(plan.chunks) <= limits.max_batch_requests, f"{len(plan.chunks)} chunks in a batch of {limits}")
-        tokens = sum(chunk.length for chunk in plan.chunks)
-        _require(tokens <= limits.max_batch_tokens, f"{tokens} tokens in a batch of {limits}")
+        for request_id in (*evicted, *(chunk.request_id for chunk in chunks)):
+            if request_id not in self._sequences:
+                raise _refused(f"request {request_id} is not known")
+        if len({chunk.request_id for chunk in chunks}) < len(chunks):
+            raise _refused(f"a request has two chunks: {chunks}")
+        tokens = sum(chunk.length for chunk in chunks)
+        if len(chunks) > limits.max_batch_requests or tokens > limits.max_batch_tokens:
+            raise _refused(f"{tokens} tokens of {len(chunks)} requests in a batch of {limits}")
         needed = 0
-        for chunk in plan.chunks:
-            sequence = self._sequences.get(chunk.request_id)
-            _require(sequence is not None, f"{chunk}: the request is not known")
-            assert sequence is not None
-            is_evicted = chunk.request_id in evicted
-            self._check_chunk(chunk, sequence, 0 if is_evicted else sequence.computed)
+        gone = set(evicted)
+        for chunk in chunks:
+            sequence = self._sequences[chunk.request_id]
+            is_gone = chunk.request_id in gone
+            fault = _fault(chunk, 0 if is_gone else sequence.computed, sequence.known, limits.max_draft)
+            if fault:
+                raise _refused(f"{chunk}: {sequence.computed} of {sequence.known} tokens are computed; {fault}")
             needed += self._pool.blocks_for(chunk.start + chunk.length - _useless(chunk, sequence))
-            needed -= 0 if is_evicted else len(sequence.blocks)
-        free = self._pool.free_blocks + self._pool.freed_by(self._sequences[name].blocks for name in evicted)
-        _require(needed <= free, f"the batch needs {needed} more KV blocks, {free} of {limits.num_blocks} are free")
-
-    def _check_chunk(self, chunk: Chunk, sequence: Sequence, computed: int) -> None:
-        known_end = chunk.start + chunk.length - chunk.draft
-        state = f"{chunk}: {computed} of {sequence.known} known tokens are computed"
-        _require(chunk.start == computed, f"{state}, so it must start there")
-        _require(chunk.start < known_end <= sequence.known, f"{state}; it must compute some of the rest")
-        _require(0 <= chunk.draft <= self._capabilities.max_draft, f"{state}; max_draft is {self.capabilities}")
-        _require(chunk.draft == 0 or known_end == sequence.known, f"{state}; guesses come after all known tokens")
+            needed -= 0 if is_gone else len(sequence.blocks)
+        free = self._pool.free_blocks + self._pool.freed_by(self._sequences[name].blocks for name in gone)
+        if needed > free:
+            raise _refused(f"the batch needs {needed} more KV blocks, {free} of {limits.num_blocks} are free")
 
     def _work(self, chunk: Chunk) -> _Work:
         sequence = self._sequences[chunk.request_id]
@@ -319,9 +315,22 @@ def _useless(chunk: Chunk, sequence: Sequence) -> int:
     return max(0, chunk.draft - sequence.useful_guesses)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(f"the plan cannot be run: {message}")
+def _fault(chunk: Chunk, computed: int, known: int, max_draft: int) -> str:
+    """What is wrong with a chunk of a request that knows so many tokens and has computed some; "" when nothing is."""
+    known_end = chunk.start + chunk.length - chunk.draft
+    if chunk.start != computed:
+        return f"it must start at {computed}"
+    if not chunk.start < known_end <= known:
+        return "it must compute some of the rest"
+    if not 0 <= chunk.draft <= max_draft:
+        return f"max_draft is {max_draft}"
+    if chunk.draft and known_end != known:
+        return "guesses come after all known tokens"
+    return ""
+
+
+def _refused(reason: str) -> RuntimeError:
+    return RuntimeError(f"the plan cannot be run: {reason}")
 
 
 def _check_context(loaded: LoadedModel | None, max_context: int) -> None:

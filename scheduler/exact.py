@@ -34,6 +34,7 @@ NARROW: Final = 12  # states kept per class of requests in the first pass, which
 WIDE: Final = 384  # states kept per class of requests in the pass that has to be exact
 EXPANSIONS: Final = 20_000  # states made by one pass, at most
 CONSTRUCTIONS: Final = 60_000  # stream visits of the earliest-deadline construction in one search, at most
+PROVEN = [384, 60000.0]
 PRICE_STEPS: Final = 10  # bisections of the price of memory
 SPLITS: Final = 256  # how often the construction may serve only a part of identical streams
 SETTLE: Final = 128  # batches after the last prompt within which a schedule must have become periodic
@@ -64,7 +65,9 @@ PACED: Final = 1
 REST: Final = 2
 IDLE: Final = 3
 MEMORY: Final = 4
-TERM_ROWS: Final = 5
+USES: Final = 5
+CAPPED: Final = 6
+TERM_ROWS: Final = 7
 
 
 # Columns of a state; the accepted and running decodes of each tier follow from COUNTS on.
@@ -73,8 +76,9 @@ ROOM: Final = 1  # prefill tokens to spare at the due time of the last class
 SPENT: Final = 2  # blocks
 RATE: Final = 3  # prefill tokens per second from here on; negative while nobody decodes
 BOUND: Final = 4
-NODE: Final = 5  # the last class taken, a column of `nodes`
-COUNTS: Final = 6
+USED: Final = 5  # prompt tokens of all classes taken
+NODE: Final = 6  # the last class taken, a column of `nodes`
+COUNTS: Final = 7
 BUCKETS: Final = 1024
 
 # Rows of `nodes`: the trail of what was taken.
@@ -471,11 +475,56 @@ def _terms(perf: Any, most: float, paces: Any, jobs: Any, price: Any, blocks_pri
 
 
 @compiled
+def _caps(perf: Any, gain: Any, paces: Any, jobs: Any, base: Any) -> Any:
+    """Prompt tokens that any real schedule can serve by each class's due time, [classes], beside `base` decodes.
+
+    Tighter than the fluid supply because batches and tokens are counted whole: the tightest stream needs
+    its n-th item, and so n batches, by the time its n items' tokens are due, and each batch pays its base.
+    """
+    caps = np.full(jobs.shape[1], np.inf)
+    tightest = np.inf
+    for tier in range(paces.size):
+        if base[tier] > 0:
+            tightest = min(tightest, paces[tier])
+    if tightest == np.inf:
+        return caps
+    for g in range(jobs.shape[1]):
+        due = jobs[DUE, g] + TOLERANCE
+        batches = np.ceil(np.floor(due / tightest) / gain[-1] - TOLERANCE)
+        tokens = (batches + 1.0) * tokens_within(perf, due / (batches + 1.0), 0.0, 0.0, 0.0)
+        if batches > 0.0:
+            end = due if gain.size > 2 else batches * tightest
+            tokens = max(tokens, batches * tokens_within(perf, end / batches, 0.0, 0.0, 0.0))
+        for tier in range(paces.size):
+            tokens -= base[tier] * np.floor(due / paces[tier])
+        caps[g] = max(tokens, 0.0)
+    return caps
+
+
+@compiled
+def _cap_terms(jobs: Any, price: Any, caps: Any, blocks_price: float) -> Any:
+    """As `_terms`, from the caps."""
+    classes = jobs.shape[1]
+    terms = np.zeros((TERM_ROWS, classes + 1))
+    terms[MEMORY, :] = blocks_price
+    for g in range(classes - 1, -1, -1):
+        step = price[g] - (price[g + 1] if g + 1 < classes else 0.0)
+        terms[USES, g] = price[g]
+        terms[CAPPED, g] = terms[CAPPED, g + 1] + (step * caps[g] if step > 0.0 else 0.0)
+        gained = -jobs[PROMPT, g] * price[g]
+        if jobs[FORCED, g] == 0.0:
+            gained = max(0.0, jobs[VALUE, g] + gained - blocks_price * jobs[BLOCKS, g])
+        terms[REST, g] = terms[REST, g + 1] + gained * jobs[COPIES, g]
+    return terms
+
+
+@compiled
 def _bound(terms: Any, g: int, state: Any, free: float, unit: float) -> float:
     """The most a state can still be worth when the classes from `g` on are open; a multiple of `unit`."""
     best = np.inf
     for k in range(terms.shape[0]):
         more = terms[k, REST, g] + terms[k, MEMORY, g] * (free - state[SPENT])
+        more += terms[k, CAPPED, g] - terms[k, USES, g] * state[USED]
         if state[RATE] < 0.0:
             more += terms[k, IDLE, g]
         else:
@@ -529,6 +578,7 @@ def _child(perf: Any, most: float, gain: Any, paces: Any, job: Any, copies: int,
         return
     child[WORTH] += copies * job[VALUE]
     child[ROOM] -= copies * job[PROMPT]
+    child[USED] += copies * job[PROMPT]
     child[SPENT] += copies * job[BLOCKS] * (1.0 - job[FORCED])
     child[COUNTS + int(job[TIER])] += copies
     if child[ROOM] >= -TOLERANCE:
@@ -589,16 +639,20 @@ def search(
     fixed: Any,
     free: float,
     terms: Any,
+    caps: Any,
     unit: float,
     width: int,
-    prove: bool,
+    visits: float,
     best: Any,
     outcome: Any,
 ) -> None:
     """One pass through the classes for a set worth more than `outcome[BEST]`; leaves it in `best` [classes].
 
-    At most `width` states outlive a class. With `prove` every state must also pass the construction.
+    At most `width` states outlive a class. With `visits` > 0 every state must also pass the construction, which
+    may take about so many visits of streams.
     """
+    prove = visits > 0.0
+    visits += outcome[VISITS]
     classes = jobs.shape[1]
     capacity = 4 * width
     states = np.zeros((1, COUNTS + paces.size))
@@ -627,12 +681,12 @@ def search(
                 parent[ROOM] += parent[RATE] * (jobs[DUE, g] - (jobs[DUE, g - 1] if g > 0 else 0.0))
             least = int(jobs[COPIES, g] * jobs[FORCED, g])
             for copies in range(int(jobs[COPIES, g]), least - 1, -1):
-                if new == capacity or made == EXPANSIONS or outcome[VISITS] > CONSTRUCTIONS:
+                if new == capacity or made == EXPANSIONS or (prove and outcome[VISITS] > visits):
                     outcome[DROPPED] = max(outcome[DROPPED], parent[BOUND])
                     break
                 child = after[new]
                 _child(perf, most, gain, paces, jobs[:, g], copies, parent, child)
-                if child[ROOM] < -TOLERANCE or child[SPENT] > free:
+                if child[ROOM] < -TOLERANCE or child[SPENT] > free or child[USED] > caps[g]:
                     continue
                 child[BOUND] = _bound(terms, g + 1, child, free, unit)
                 if child[BOUND] <= outcome[BEST] + TOLERANCE:
@@ -715,21 +769,30 @@ def _unit(values: NDArray[np.float64]) -> float:
     return float(np.gcd.reduce(values.astype(np.int64)))
 
 
-def _priced(task: _Task, taken: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Terms of the Lagrangian bound, [1 or 2, TERM_ROWS, classes + 1], with prices from the supply beside `taken`."""
-    perf, most, gain, paces = task.model
-    supply, _ = supplied(*task.model, task.jobs, task.base, taken)
+def _priced(task: _Task, taken: NDArray[np.int64], caps: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """Terms of the Lagrangian bound, [1 or 3, TERM_ROWS, classes + 1], at prices where supply meets demand.
+
+    The supply is what the fluid bound has beside `taken`, or else `caps`.
+    """
+    perf, most, _, paces = task.model
+    supply = supplied(*task.model, task.jobs, task.base, taken)[0] if caps is None else caps
     used = np.zeros(1)
-    price = _token_prices(task.jobs, supply, 0.0, used)
-    terms = [_terms(perf, most, paces, task.jobs, price, 0.0)]
+
+    def terms(blocks_price: float) -> NDArray[np.float64]:
+        price = _token_prices(task.jobs, supply, blocks_price, used)
+        if caps is not None:
+            return np.asarray(_cap_terms(task.jobs, price, caps, blocks_price))
+        return np.asarray(_terms(perf, most, paces, task.jobs, price, blocks_price))
+
+    sets = [terms(0.0)]
     if used[0] > task.free:
         low, high = 0.0, float((task.jobs[VALUE] / np.maximum(task.jobs[BLOCKS], 1.0)).max())
         for _ in range(PRICE_STEPS):
             middle = 0.5 * (low + high)
-            price = _token_prices(task.jobs, supply, middle, used)
+            _token_prices(task.jobs, supply, middle, used)
             low, high = (middle, high) if used[0] > task.free else (low, middle)
-        terms += [_terms(perf, most, paces, task.jobs, _token_prices(task.jobs, supply, mu, used), mu) for mu in (low, high)]
-    return np.stack(terms)
+        sets += [terms(low), terms(high)]
+    return np.stack(sets)
 
 
 def admit_exact(problem: AdmissionProblem, *, constructive: bool = True) -> AdmissionResult:
@@ -742,12 +805,10 @@ def admit_exact(problem: AdmissionProblem, *, constructive: bool = True) -> Admi
     if not possible or (constructive and not constructed(*task.model, task.jobs, task.fixed, kept, outcome)):
         return AdmissionResult((), 0.0, 0.0, True, False, 0)
     best = kept.copy()
-    _widening(task, False, best, outcome)
+    _fluid_optimum(task, best, outcome)
     bound = max(outcome[BEST], outcome[DROPPED])
     if constructive and not constructed(*task.model, task.jobs, task.fixed, best, outcome):
-        outcome[BEST] = _lightened(task, best, outcome)
-        outcome[DROPPED] = -np.inf
-        _pass(task, _priced(task, best), WIDE, True, best, outcome)
+        _constructive_optimum(task, best, outcome)
     exact = max(outcome[BEST], outcome[DROPPED]) <= outcome[BEST] + TOLERANCE
     accepted = [rows[:copies] for rows, copies, forced in zip(task.members, best, kept, strict=True) if not forced]
     chosen = np.sort(np.concatenate(accepted)) if accepted else np.zeros(0, np.int64)
@@ -755,19 +816,38 @@ def admit_exact(problem: AdmissionProblem, *, constructive: bool = True) -> Admi
     return AdmissionResult(tuple(chosen.tolist()), value, float(bound), bool(exact), True, int(outcome[MADE]))
 
 
-def _widening(task: _Task, prove: bool, best: NDArray[np.int64], outcome: NDArray[np.float64]) -> None:
+def _fluid_optimum(task: _Task, best: NDArray[np.int64], outcome: NDArray[np.float64]) -> None:
     """A narrow pass, and when that dropped anything a wide one with prices learnt from its result."""
+    caps = np.full(best.size, np.inf)
     terms = _priced(task, best)
-    _pass(task, terms, NARROW, prove, best, outcome)
+    _pass(task, terms, caps, NARROW, 0.0, best, outcome)
     if outcome[DROPPED] > outcome[BEST] + TOLERANCE:
         outcome[DROPPED] = -np.inf
-        _pass(task, np.concatenate([terms, _priced(task, best)]), WIDE, prove, best, outcome)
+        _pass(task, np.concatenate([terms, _priced(task, best)]), caps, WIDE, 0.0, best, outcome)
+
+
+def _constructive_optimum(task: _Task, best: NDArray[np.int64], outcome: NDArray[np.float64]) -> None:
+    """From a fluid optimum that no schedule serves to the best set that one does."""
+    perf, _, gain, paces = task.model
+    caps = _caps(perf, gain, paces, task.jobs, task.base)
+    terms = _priced(task, best)
+    if np.isfinite(caps).all():
+        terms = np.concatenate([terms, _priced(task, best, caps)])
+    outcome[BEST] = _lightened(task, best, outcome)
+    outcome[DROPPED] = -np.inf
+    _pass(task, terms, caps, PROVEN[0], PROVEN[1], best, outcome)
 
 
 def _pass(
-    task: _Task, terms: NDArray[np.float64], width: int, prove: bool, best: NDArray[np.int64], outcome: NDArray[np.float64]
+    task: _Task,
+    terms: NDArray[np.float64],
+    caps: NDArray[np.float64],
+    width: int,
+    visits: float,
+    best: NDArray[np.int64],
+    outcome: NDArray[np.float64],
 ) -> None:
-    search(*task.model, task.jobs, task.base, task.fixed, task.free, terms, task.unit, width, prove, best, outcome)
+    search(*task.model, task.jobs, task.base, task.fixed, task.free, terms, caps, task.unit, width, visits, best, outcome)
 
 
 def _lightened(task: _Task, best: NDArray[np.int64], outcome: NDArray[np.float64]) -> float:

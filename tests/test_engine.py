@@ -449,14 +449,14 @@ def test_impossible_plans_change_nothing(target: LoadedModel) -> None:
     cases = [
         (Plan((Chunk("c", 0, 1),)), "not known"),
         (Plan((), ("c",)), "not known"),
-        (Plan((Chunk("a", 29, 1),)), "must start there"),
-        (Plan((Chunk("b", 0, 5),)), "must start there"),
+        (Plan((Chunk("a", 29, 1),)), "must start at 30"),
+        (Plan((Chunk("b", 0, 5),)), "must start at 10"),
         (Plan((Chunk("a", 30, 2),)), "must compute some of the rest"),
         (Plan((Chunk("a", 30, 0),)), "must compute some of the rest"),
         (Plan((Chunk("b", 10, 5, 1),)), "guesses come after all known tokens"),
         (Plan((Chunk("a", 30, 4, 3),)), "max_draft"),
         (Plan((Chunk("b", 10, 5), Chunk("b", 15, 5))), "two chunks"),
-        (Plan((Chunk("b", 10, 200),)), "200 tokens in a batch"),
+        (Plan((Chunk("b", 10, 200),)), "200 tokens of 1 requests in a batch"),
         (Plan((Chunk("a", 0, 30),), ("a", "c")), "not known"),
     ]
     for plan, message in cases:

@@ -225,10 +225,7 @@ def test_too_many_are_told_when_to_retry(server: Server) -> None:
         try:
             await client.generate(f"n = {i}", max_tokens=40, ignore_eos=True).drain()
         except Refused as refused:
-            assert refused.code == "OVERLOADED"
-            assert refused.retry_after_ms is not None
-            assert refused.retry_after_ms > 0
-            return "refused"
+            return refused.code if refused.retry_after_ms else "no time to retry"
         return "served"
 
     async def use(client: Clients) -> list[str]:
@@ -236,7 +233,7 @@ def test_too_many_are_told_when_to_retry(server: Server) -> None:
 
     ends = with_client(server, "grpc", use)
     assert ends.count("served") >= 100
-    assert ends.count("refused") >= 1
+    assert ends.count("OVERLOADED") == 180 - ends.count("served") > 0
 
 
 def test_the_next_round_of_a_session_finds_its_kv(server: Server) -> None:

@@ -44,16 +44,14 @@ def test_a_failed_row_ends_the_request_where_it_is_reached() -> None:
 def empirical(chances: torch.Tensor, draft: torch.Tensor | None, certain: int, samples: int) -> torch.Tensor:
     """How often each first token comes out when one guess is verified against a fixed target."""
     params = SamplingParams(temperature=1.0)
-    count = torch.zeros(len(chances))
-    logits, all_rows, guesses = [], [], []
-    for seed in range(samples):
-        token = certain if draft is None else int(draw(draft[None], [uniform(seed, 0, 3)]))
-        logits += [chances.log(), chances.log()]
-        all_rows += rows(2, params, seed)
-        guesses.append(Guess(np.array([token]), None if draft is None else draft[None]))
-    for tokens in verify(torch.stack(logits), all_rows, guesses):
-        count[tokens[0]] += 1
-    return count
+    if draft is None:
+        guesses = [guess(certain)] * samples
+    else:
+        tokens = draw(draft.repeat(samples, 1), [uniform(seed, 0, 3) for seed in range(samples)]).numpy()
+        guesses = [Guess(tokens[seed : seed + 1], draft[None]) for seed in range(samples)]
+    all_rows = [row for seed in range(samples) for row in rows(2, params, seed)]
+    gained = verify(chances.log().repeat(2 * samples, 1), all_rows, guesses)
+    return torch.bincount(torch.tensor([tokens[0] for tokens in gained]), minlength=len(chances))
 
 
 TARGET = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])

@@ -330,19 +330,19 @@ def test_an_engine_failure_answers_everybody(bench: Callable[..., Bench]) -> Non
     one = bench(pace=0.005)
     one.engine.fails_at_step = 10
     callers = []
-    refused = 0
+    refused = []
     for i in range(60):
         try:
             callers.append(one.send(f"r{i}", input_ids=[1] * 50, max_tokens=100, stream=True))
         except Refusal as refusal:
-            assert str(refusal).startswith("UNAVAILABLE: the engine has stopped")
-            refused += 1
+            refused.append(str(refusal))
     for caller in callers:
         assert "INTERNAL: engine: FloatingPointError: the device fell off the bus" in str(caller.wait().refusal)
     until(lambda: one.failure is not None)
     with pytest.raises(Refusal, match="UNAVAILABLE"):
         one.send("late", input_ids=[1])
-    assert len(callers) + refused == 60
+    assert len(callers) + len(refused) == 60
+    assert set(refused) <= {"UNAVAILABLE: the engine has stopped"}
 
 
 @pytest.mark.parametrize("drain", [0.0, PATIENCE])
@@ -393,7 +393,7 @@ def test_random_traffic_is_answered_exactly_once(bench: Callable[..., Bench]) ->
     one = bench(pace=0.0005, max_requests=40, max_tokens=2000)
     chance = np.random.default_rng(7)
     callers: list[Caller] = []
-    overloaded = 0
+    refused: list[str] = []
     for i in range(400):
         fields: dict[str, Any] = {"input_ids": [1] * int(chance.integers(1, 200)), "stream": bool(chance.integers(2))}
         fields["max_tokens"] = int(chance.integers(1, 40))
@@ -401,8 +401,7 @@ def test_random_traffic_is_answered_exactly_once(bench: Callable[..., Bench]) ->
         try:
             callers.append(one.send(f"r{i}", **fields))
         except Refusal as refusal:
-            assert refusal.code == "OVERLOADED"
-            overloaded += 1
+            refused.append(refusal.code)
             time.sleep(0.01)
             continue
         callers[-1].has_hung_up = bool(chance.random() < 0.2)
@@ -411,4 +410,5 @@ def test_random_traffic_is_answered_exactly_once(bench: Callable[..., Bench]) ->
     until(lambda: not one.engine.live)
     assert len(one.roster) == 0
     assert one.failure is None
-    assert overloaded + len(ends) == 400
+    assert set(refused) <= {"OVERLOADED"}
+    assert len(refused) + len(ends) == 400
