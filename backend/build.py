@@ -67,7 +67,7 @@ def load_engine(config: EngineConfig, version_dir: Path) -> Loaded:
     from .hf_model import load_model
     from .torch_engine import TorchEngine
 
-    threads = config.num_threads or os.cpu_count() or 1
+    threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) - 1)
     torch.set_num_threads(threads)
     folder = version_dir / config.model
     draft_folder = version_dir / config.draft_model if config.draft_model and config.max_draft else None

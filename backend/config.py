@@ -90,7 +90,8 @@ class EngineConfig:
     dtype: str = "float32"
     # "auto" takes a GPU when there is one.
     device: str = "auto"
-    # CPU threads of the tensor library; 0: one per core. More speed up long prompts and starve the server.
+    # CPU threads of the tensor library; 0: one per core but one, which the server's own threads need. With as many
+    # threads as cores an iteration waits for whatever else runs, and takes several times as long.
     num_threads: int = 0
     # Memory for keys and values: more lets more and longer requests run at once.
     kv_cache_mb: int = 256

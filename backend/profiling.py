@@ -201,7 +201,8 @@ class _Run:
         fresh = self.add(past + length)
         if past:
             yield from self.prefill({fresh: past})
-        self.step([*(self.chunk(name, 1) for name in decodes), self.chunk(fresh, length)])
+        left = past + length - self.computed[fresh]
+        self.step([*(self.chunk(name, 1) for name in decodes), self.chunk(fresh, left)])
         self.drop(fresh)
         yield
 

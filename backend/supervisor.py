@@ -27,6 +27,8 @@ _KILL_SECONDS: Final = 2.0
 BACKEND: Final = "slos_serve"
 ITERATIONS: Final = "slos_serve_iterations_total"
 
+_REFUSAL: Final = b"INVALID_ARGUMENT"  # the text, as the HTTP status of a dead stub is 400 too
+
 Answer = Literal["answered", "refused", "failed"]
 
 
@@ -150,7 +152,7 @@ def probe_model(address: str, model: str, *, timeout: float) -> tuple[Answer, st
     text = f"{model} answered {status}: {answer[:300].decode('utf-8', 'replace')}"
     if status == 200 and b'"error"' not in answer:
         return "answered", text
-    return ("refused" if 400 <= status < 500 else "failed"), text
+    return ("refused" if _REFUSAL in answer else "failed"), text
 
 
 def probe_all(address: str, *, timeout: float) -> tuple[Answer, str]:

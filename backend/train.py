@@ -9,8 +9,8 @@ Nothing is downloaded.  Both folders are in the Hugging Face layout (``config.js
 
 Data: the ``*.py`` files under ``sysconfig.get_paths()["stdlib"]`` in sorted order, without
 installed packages, test suites, generated tables and the build configuration (which names paths
-of the machine).  About one file in fourteen, chosen by a hash of its relative path, is held out of the
-training of the tokenizer and of both models; every loss in the model card is measured on those.
+of the machine).  About one file in fourteen, chosen by a hash of its relative path, is held out of
+the training of the tokenizer and of both models; every loss in the model card is measured on those.
 
 How: a byte-level BPE tokenizer; packed sequences, documents separated by ``<|endoftext|>``; float32
 training (the weights are rounded to bfloat16 once, when saved); Muon for the matrices inside the
@@ -19,7 +19,7 @@ a short context for most steps and the full context for the last ones.  The draf
 from the text alone and then also from the target's distribution over the same text.
 
 The work is bounded by steps, not by time, so that a slower or busier machine takes longer but
-does not train less.  Command: ``slos-serve train`` (see ``--help``; ``--scale 0.01`` is a smoke run).
+does not train less.  Command: ``slos-serve train`` (``--help``; ``--scale 0.01`` is a smoke run).
 """
 
 from __future__ import annotations

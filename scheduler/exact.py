@@ -201,48 +201,63 @@ class AdmissionResult:
 
 
 @compiled
-def fluid_rate(perf: Any, most: float, gain: Any, paces: Any, counts: Any, lengths: Any) -> float:
-    """Prefill tokens per second beside `counts` [L] decodes per tier; negative when they cannot be kept up.
+def fluid_options(perf: Any, most: float, gain: Any, paces: Any) -> Any:
+    """Every way to speculate beside any decodes: (lengths, load, speed).
 
-    Every tier in turn is the bottleneck at every item length; the others take the shortest item that keeps
-    their pace at that batch time. The lengths chosen are left in `lengths` [L].
+    In option (i, v) tier i is the bottleneck with items of length v, and every other tier takes the shortest
+    item that keeps its pace at that batch time. lengths [tiers, v, tiers] are those items (0: none is long
+    enough), load [tiers, v, tiers] the tokens per second that one stream of a tier then costs, and speed
+    [tiers, v, draft steps] the tokens per second of such batches.
     """
+    tiers, longest = paces.size, gain.size - 1
+    lengths = np.zeros((tiers, longest + 1, tiers), np.int64)
+    load = np.zeros((tiers, longest + 1, tiers))
+    speed = np.zeros((tiers, longest + 1, longest + 1))
+    for i in range(tiers):
+        for v in range(1, longest + 1):
+            period = paces[i] * gain[v]
+            for tier in range(tiers):
+                u = 1
+                while u <= longest and paces[tier] * gain[u] < period - 1e-12:
+                    u += 1
+                if u <= longest:
+                    lengths[i, v, tier] = u
+                    load[i, v, tier] = u / (paces[tier] * gain[u])
+            for u in range(1, longest + 1):
+                steps = float(u) if u > 1 else 0.0
+                span = min(period, batch_seconds(perf, most, 0.0, 0.0, steps))
+                speed[i, v, u] = min(most, tokens_within(perf, span, 0.0, 0.0, steps)) / span
+    return lengths, load, speed
+
+
+@compiled
+def fluid_rate(options: Any, counts: Any) -> float:
+    """Most prefill tokens per second beside `counts` [tiers] decodes; negative when those cannot be kept up."""
+    lengths, load, speed = options
     best = -1.0
-    trial = np.ones(paces.size, np.int64)
-    for i in range(paces.size):
+    for i in range(counts.size):
         if counts[i] == 0:
             continue
-        for v in range(1, gain.size):
-            period = paces[i] * gain[v]
-            steps = 0
+        for v in range(1, speed.shape[1]):
             decodes = 0.0
-            for tier in range(paces.size):
-                if counts[tier] == 0:
-                    continue
-                u = 1
-                while u < gain.size and paces[tier] * gain[u] < period - 1e-12:
-                    u += 1
-                if u == gain.size:
-                    decodes = np.inf
+            drafted = 1
+            for tier in range(counts.size):
+                if counts[tier] > 0:
+                    decodes += counts[tier] * load[i, v, tier]
+                    drafted = max(drafted, lengths[i, v, tier]) if lengths[i, v, tier] > 0 else speed.shape[1]
+                if drafted == speed.shape[1]:
                     break
-                trial[tier] = u
-                steps = max(steps, u)
-                decodes += counts[tier] * u / (paces[tier] * gain[u])
-            if decodes == np.inf:
-                continue
-            if steps == 1:
-                steps = 0
-            span = min(period, batch_seconds(perf, most, 0.0, 0.0, float(steps)))
-            rate = min(most, tokens_within(perf, span, 0.0, 0.0, float(steps))) / span - decodes
-            if rate >= -1e-6 and max(rate, 0.0) > best:
-                best = max(rate, 0.0)
-                lengths[:] = trial
+            if drafted < speed.shape[1]:
+                rate = speed[i, v, drafted] - decodes
+                if rate >= -1e-6:
+                    best = max(best, rate, 0.0)
     return best
 
 
 @compiled
-def idle_tokens(perf: Any, most: float, seconds: float) -> float:
+def idle_tokens(model: Any, seconds: float) -> float:
     """Prefill tokens within `seconds` while nobody decodes: full batches, then one that fills the rest."""
+    perf, most, _, _ = model
     full = batch_seconds(perf, most, 0.0, 0.0, 0.0)
     whole = np.floor(seconds / full + TOLERANCE)
     rest = tokens_within(perf, max(seconds - whole * full, 0.0), 0.0, 0.0, 0.0)
@@ -258,13 +273,14 @@ def next_due(streams: Any, i: int, paces: Any) -> float:
 
 
 @compiled
-def _forever(perf: Any, most: float, paces: Any, streams: Any, due: Any, size: int, now: float) -> bool:
+def _forever(model: Any, streams: Any, due: Any, size: int, now: float) -> bool:
     """Whether pure decoding, from here on, surely meets every deadline for ever.
 
     Either one batch holds a token of everybody, is no longer than the tightest pace and in time for all: then
     so is the next one. Or every stream has at least the slack it had before (`MARK`): then the batches since
     can be repeated for ever.
     """
+    perf, most, _, paces = model
     alive = 0.0
     slack = np.inf
     cyclic = True
@@ -295,10 +311,9 @@ def _sort(order: Any, due: Any, size: int) -> None:
 
 
 @compiled
-def _draft_length(
-    perf: Any, most: float, paces: Any, streams: Any, due: Any, order: Any, size: int, now: float, longest: int
-) -> int:
+def _draft_length(model: Any, streams: Any, due: Any, order: Any, size: int, now: float, longest: int) -> int:
     """The longest item up to `longest` whose batch holds all that is due when it must end; 0 when none does."""
+    perf, most, _, _ = model
     end = due[order[0]]
     for v in range(longest, 0, -1):
         must = 0.0
@@ -314,13 +329,14 @@ def _draft_length(
 
 
 @compiled
-def earliest_deadline(perf: Any, most: float, gain: Any, paces: Any, given: Any, size: int, longest: int) -> int:
+def earliest_deadline(model: Any, given: Any, size: int, longest: int) -> int:
     """Serve `given` [STREAM_COLUMNS, n] earliest deadline first, token by token, with items up to `longest`.
 
     Every batch ends when the earliest unmet deadline does, or when its work is done; each stream decodes at
     most once in it. Returns the stream visits it took, negative when a deadline is missed or no steady
     state is reached.
     """
+    perf, most, gain, paces = model
     rows = size + SPLITS
     streams = np.empty((STREAM_COLUMNS, rows))
     streams[:, :size] = given[:, :size]
@@ -337,14 +353,14 @@ def earliest_deadline(perf: Any, most: float, gain: Any, paces: Any, given: Any,
     settling = 0
     while True:
         if prompts == 0:
-            if _forever(perf, most, paces, streams, due, size, now):
+            if _forever(model, streams, due, size, now):
                 return visits + size
             if settling & (settling - 1) == 0:
                 _mark(paces, streams, due, size, now, longest)
             settling += 1
         if settling > SETTLE or visits > CONSTRUCTIONS:
             return -visits - 1
-        v = _draft_length(perf, most, paces, streams, due, order, size, now, longest)
+        v = _draft_length(model, streams, due, order, size, now, longest)
         if v == 0:
             return -visits - 1
         steps = float(v) if v > 1 else 0.0
@@ -385,27 +401,25 @@ def earliest_deadline(perf: Any, most: float, gain: Any, paces: Any, given: Any,
 
 
 @compiled
-def supplied(perf: Any, most: float, gain: Any, paces: Any, jobs: Any, base: Any, taken: Any) -> Any:
+def supplied(model: Any, options: Any, jobs: Any, base: Any, taken: Any) -> Any:
     """Prefill tokens there can be by each class's due time, [classes], beside the decodes of `taken`.
 
     With it comes the rate afterwards, negative when the decodes cannot be kept up.
     """
     supply = np.empty(jobs.shape[1])
     counts = base.copy()
-    lengths = np.ones(paces.size, np.int64)
-    rate = fluid_rate(perf, most, gain, paces, counts, lengths) if counts.sum() > 0 else -1.0
     idle = counts.sum() == 0
-    total = 0.0
-    at = 0.0
+    rate = 0.0 if idle else fluid_rate(options, counts)
+    total = at = 0.0
     for g in range(jobs.shape[1]):
-        total = idle_tokens(perf, most, jobs[DUE, g]) if idle else total + max(rate, 0.0) * (jobs[DUE, g] - at)
+        total = idle_tokens(model, jobs[DUE, g]) if idle else total + max(rate, 0.0) * (jobs[DUE, g] - at)
         at = jobs[DUE, g]
         supply[g] = total
         if taken[g] > 0:
             counts[int(jobs[TIER, g])] += taken[g]
-            rate = fluid_rate(perf, most, gain, paces, counts, lengths)
+            rate = fluid_rate(options, counts)
             idle = False
-    return supply, 0.0 if idle else rate
+    return supply, rate
 
 
 @compiled
@@ -448,12 +462,13 @@ def _token_prices(jobs: Any, supply: Any, blocks_price: float, used: Any) -> Any
 
 
 @compiled
-def _terms(perf: Any, most: float, paces: Any, jobs: Any, price: Any, blocks_price: float) -> Any:
+def _terms(model: Any, jobs: Any, price: Any, blocks_price: float) -> Any:
     """Suffix sums [TERM_ROWS, classes + 1] that make the Lagrangian bound of a state O(1).
 
     Any prices that fall with the due time give a valid bound; those of `_token_prices` give a good one. A
     class costs its prompt, its blocks, and at least one token per tpot from its due time on.
     """
+    perf, _, _, paces = model
     classes = jobs.shape[1]
     terms = np.zeros((TERM_ROWS, classes + 1))
     terms[MEMORY, :] = blocks_price
@@ -475,12 +490,13 @@ def _terms(perf: Any, most: float, paces: Any, jobs: Any, price: Any, blocks_pri
 
 
 @compiled
-def _caps(perf: Any, gain: Any, paces: Any, jobs: Any, base: Any) -> Any:
+def _caps(model: Any, jobs: Any, base: Any) -> Any:
     """Prompt tokens that any real schedule can serve by each class's due time, [classes], beside `base` decodes.
 
     Tighter than the fluid supply because batches and tokens are counted whole: the tightest stream needs
     its n-th item, and so n batches, by the time its n items' tokens are due, and each batch pays its base.
     """
+    perf, _, gain, paces = model
     caps = np.full(jobs.shape[1], np.inf)
     tightest = np.inf
     for tier in range(paces.size):
@@ -536,7 +552,7 @@ def _bound(terms: Any, g: int, state: Any, free: float, unit: float) -> float:
 
 
 @compiled
-def constructed(perf: Any, most: float, gain: Any, paces: Any, jobs: Any, fixed: Any, taken: Any, outcome: Any) -> bool:
+def constructed(model: Any, jobs: Any, fixed: Any, taken: Any, outcome: Any) -> bool:
     """Whether an earliest-deadline schedule serves the `fixed` streams and `taken` [classes] copies of `jobs`.
 
     Tries every longest item, long ones first. Adds its work to `outcome`.
@@ -553,8 +569,8 @@ def constructed(perf: Any, most: float, gain: Any, paces: Any, jobs: Any, fixed:
             size += 1
     if size == 0:
         return True
-    for longest in range(gain.size - 1, 0, -1):
-        visits = earliest_deadline(perf, most, gain, paces, streams, size, longest)
+    for longest in range(model[2].size - 1, 0, -1):
+        visits = earliest_deadline(model, streams, size, longest)
         outcome[VISITS] += abs(visits)
         if visits > 0:
             return True
@@ -571,21 +587,16 @@ def _trace(nodes: Any, node: int, taken: Any) -> None:
 
 
 @compiled
-def _child(perf: Any, most: float, gain: Any, paces: Any, job: Any, copies: int, parent: Any, child: Any) -> None:
-    """The state after taking `copies` of a class; its ROOM is negative when that is outside the fluid bound."""
+def _child(model: Any, job: Any, copies: int, parent: Any, child: Any) -> None:
+    """The state after taking `copies` of a class, with a rate that is not too low: a decode costs a token per tpot."""
     child[:] = parent
-    if copies == 0:
-        return
     child[WORTH] += copies * job[VALUE]
     child[ROOM] -= copies * job[PROMPT]
     child[USED] += copies * job[PROMPT]
     child[SPENT] += copies * job[BLOCKS] * (1.0 - job[FORCED])
     child[COUNTS + int(job[TIER])] += copies
-    if child[ROOM] >= -TOLERANCE:
-        lengths = np.empty(paces.size, np.int64)
-        child[RATE] = fluid_rate(perf, most, gain, paces, child[COUNTS:], lengths)
-        if child[RATE] < 0.0:
-            child[ROOM] = -np.inf
+    if copies > 0 and parent[RATE] >= 0.0:
+        child[RATE] = max(parent[RATE] - copies / model[3][int(job[TIER])], 0.0)
 
 
 @compiled
@@ -629,11 +640,30 @@ def _survivors(states: Any, size: int, width: int, outcome: Any) -> Any:
 
 
 @compiled
+def _passes(options: Any, terms: Any, g: int, copies: int, child: Any, free: float, unit: float, best: float) -> bool:
+    """Whether a state is within the fluid bound after class `g` and may still beat `best`; sets RATE and BOUND."""
+    child[BOUND] = _bound(terms, g + 1, child, free, unit)
+    if child[BOUND] > best + TOLERANCE and copies > 0:
+        child[RATE] = fluid_rate(options, child[COUNTS:])
+        child[BOUND] = _bound(terms, g + 1, child, free, unit) if child[RATE] >= 0.0 else -np.inf
+    return bool(child[BOUND] > best + TOLERANCE)
+
+
+@compiled
+def _root(options: Any, base: Any, terms: Any, free: float, unit: float) -> Any:
+    """The one state before the first class, [1, columns]."""
+    states = np.zeros((1, COUNTS + base.size))
+    states[0, COUNTS:] = base
+    states[0, NODE] = -1.0
+    states[0, RATE] = fluid_rate(options, base) if base.sum() > 0 else -1.0
+    states[0, BOUND] = _bound(terms, 0, states[0], free, unit)
+    return states
+
+
+@compiled
 def search(
-    perf: Any,
-    most: float,
-    gain: Any,
-    paces: Any,
+    model: Any,
+    options: Any,
     jobs: Any,
     base: Any,
     fixed: Any,
@@ -648,24 +678,18 @@ def search(
 ) -> None:
     """One pass through the classes for a set worth more than `outcome[BEST]`; leaves it in `best` [classes].
 
-    At most `width` states outlive a class. With `visits` > 0 every state must also pass the construction, which
-    may take about so many visits of streams.
+    At most `width` states outlive a class. With `visits` > 0 every state must also pass the construction, and
+    each class gets its share of so many visits of streams.
     """
-    prove = visits > 0.0
-    visits += outcome[VISITS]
     classes = jobs.shape[1]
     capacity = 4 * width
-    states = np.zeros((1, COUNTS + paces.size))
-    states[0, COUNTS:] = base
-    states[0, NODE] = -1.0
-    lengths = np.empty(paces.size, np.int64)
-    states[0, RATE] = fluid_rate(perf, most, gain, paces, base, lengths) if base.sum() > 0 else -1.0
-    states[0, BOUND] = _bound(terms, 0, states[0], free, unit)
-    after = np.empty((capacity, COUNTS + paces.size))
+    states = _root(options, base, terms, free, unit)
+    after = np.empty((capacity, states.shape[1]))
     chain = np.empty(capacity, np.int64)
     heads = np.empty(BUCKETS, np.int64)
     nodes = np.empty((3, EXPANSIONS), np.int64)
     taken = np.zeros(classes, np.int64)
+    last = outcome[VISITS] + visits
     made = 0
     final = 0
     for g in range(classes):
@@ -674,27 +698,31 @@ def search(
     for g in range(classes):
         heads[:] = -1
         new = 0
+        limit = outcome[VISITS] + (last - outcome[VISITS]) / (classes - g)
         for parent in states:
             if parent[RATE] < 0.0:
-                parent[ROOM] = idle_tokens(perf, most, jobs[DUE, g])
+                parent[ROOM] = idle_tokens(model, jobs[DUE, g])
             else:
                 parent[ROOM] += parent[RATE] * (jobs[DUE, g] - (jobs[DUE, g - 1] if g > 0 else 0.0))
             least = int(jobs[COPIES, g] * jobs[FORCED, g])
             for copies in range(int(jobs[COPIES, g]), least - 1, -1):
-                if new == capacity or made == EXPANSIONS or (prove and outcome[VISITS] > visits):
+                if new == capacity or made == EXPANSIONS:
                     outcome[DROPPED] = max(outcome[DROPPED], parent[BOUND])
                     break
                 child = after[new]
-                _child(perf, most, gain, paces, jobs[:, g], copies, parent, child)
+                _child(model, jobs[:, g], copies, parent, child)
                 if child[ROOM] < -TOLERANCE or child[SPENT] > free or child[USED] > caps[g]:
                     continue
-                child[BOUND] = _bound(terms, g + 1, child, free, unit)
-                if child[BOUND] <= outcome[BEST] + TOLERANCE:
+                if not _passes(options, terms, g, copies, child, free, unit, outcome[BEST]):
                     continue
                 bucket = _bucket(child)
                 if _hidden(after, chain, heads[bucket], new):
                     continue
                 if copies > 0:
+                    prove = visits > 0.0 and least == 0
+                    if prove and outcome[VISITS] > limit:
+                        outcome[DROPPED] = max(outcome[DROPPED], child[BOUND])
+                        continue
                     nodes[PARENT, made] = int(parent[NODE])
                     nodes[CLASS, made] = g
                     nodes[TAKEN, made] = copies
@@ -703,9 +731,8 @@ def search(
                     better = g >= final and child[WORTH] > outcome[BEST]
                     if prove or better:
                         _trace(nodes, made - 1, taken)
-                    if prove and least == 0:
-                        if not constructed(perf, most, gain, paces, jobs, fixed, taken, outcome):
-                            continue
+                    if prove and not constructed(model, jobs, fixed, taken, outcome):
+                        continue
                     if better:
                         outcome[BEST] = child[WORTH]
                         best[:] = taken
@@ -716,11 +743,43 @@ def search(
     outcome[MADE] += made
 
 
+@compiled
+def fill(model: Any, jobs: Any, fixed: Any, free: float, order: Any, best: Any, outcome: Any) -> None:
+    """Make `best` [classes] a set that the construction serves, and try to add what it lacks.
+
+    Moore-Hodgson on the real schedule: in order of deadlines, whenever the taken ones cannot be served, the
+    one that comes first in `order` is set back; then the others are offered a place, last in `order` first.
+    """
+    wanted = best.copy()
+    for g in range(best.size):
+        if jobs[FORCED, g] == 0.0:
+            best[g] = 0
+    spent = 0.0
+    for g in range(best.size):
+        for _ in range(0 if jobs[FORCED, g] > 0.0 else wanted[g]):
+            best[g] += 1
+            spent += jobs[BLOCKS, g]
+            while not constructed(model, jobs, fixed, best, outcome):
+                for other in order:
+                    if best[other] > 0 and jobs[FORCED, other] == 0.0:
+                        best[other] -= 1
+                        spent -= jobs[BLOCKS, other]
+                        break
+    for g in order[::-1]:
+        while jobs[FORCED, g] == 0.0 and best[g] < jobs[COPIES, g] and spent + jobs[BLOCKS, g] <= free:
+            best[g] += 1
+            if not constructed(model, jobs, fixed, best, outcome):
+                best[g] -= 1
+                break
+            spent += jobs[BLOCKS, g]
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
     """A problem as the compiled functions take it; `members[g]` are the requests of class g."""
 
     model: tuple[Any, float, Any, Any]  # perf, max batch tokens, gain, tpots
+    options: tuple[Any, Any, Any]  # see `fluid_options`
     jobs: NDArray[np.float64]
     base: NDArray[np.int64]
     fixed: NDArray[np.float64]
@@ -747,7 +806,7 @@ def _prepare(problem: AdmissionProblem) -> _Task:
     base = np.bincount(problem.tiers[decoding], minlength=len(problem.tpots))
     model = (problem.perf, float(problem.max_batch_tokens), problem.gain, np.array(problem.tpots))
     members = tuple(np.split(rows, first[1:])) if rows.size else ()
-    return _Task(model, jobs, base, _fixed(jobs, base), float(problem.free_blocks), _unit(values[wanted]), members)
+    return _Task(model, fluid_options(*model), jobs, base, _fixed(jobs, base), float(problem.free_blocks), _unit(values[wanted]), members)
 
 
 def _fixed(jobs: NDArray[np.float64], base: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -774,15 +833,14 @@ def _priced(task: _Task, taken: NDArray[np.int64], caps: NDArray[np.float64] | N
 
     The supply is what the fluid bound has beside `taken`, or else `caps`.
     """
-    perf, most, _, paces = task.model
-    supply = supplied(*task.model, task.jobs, task.base, taken)[0] if caps is None else caps
+    supply = supplied(task.model, task.options, task.jobs, task.base, taken)[0] if caps is None else caps
     used = np.zeros(1)
 
     def terms(blocks_price: float) -> NDArray[np.float64]:
         price = _token_prices(task.jobs, supply, blocks_price, used)
         if caps is not None:
             return np.asarray(_cap_terms(task.jobs, price, caps, blocks_price))
-        return np.asarray(_terms(perf, most, paces, task.jobs, price, blocks_price))
+        return np.asarray(_terms(task.model, task.jobs, price, blocks_price))
 
     sets = [terms(0.0)]
     if used[0] > task.free:
@@ -799,15 +857,15 @@ def admit_exact(problem: AdmissionProblem, *, constructive: bool = True) -> Admi
     """The new requests to accept; without `constructive` the optimum under the fluid bound alone."""
     task = _prepare(problem)
     kept = (task.jobs[FORCED] * task.jobs[COPIES]).astype(np.int64)
-    supply, rate = supplied(*task.model, task.jobs, task.base, kept)
+    supply, rate = supplied(task.model, task.options, task.jobs, task.base, kept)
     outcome = np.array([0.0, -np.inf, 0.0, 0.0])
     possible = rate >= 0.0 and bool((np.cumsum(task.jobs[PROMPT] * kept) <= supply + TOLERANCE).all())
-    if not possible or (constructive and not constructed(*task.model, task.jobs, task.fixed, kept, outcome)):
+    if not possible or (constructive and not constructed(task.model, task.jobs, task.fixed, kept, outcome)):
         return AdmissionResult((), 0.0, 0.0, True, False, 0)
     best = kept.copy()
     _fluid_optimum(task, best, outcome)
     bound = max(outcome[BEST], outcome[DROPPED])
-    if constructive and not constructed(*task.model, task.jobs, task.fixed, best, outcome):
+    if constructive and not constructed(task.model, task.jobs, task.fixed, best, outcome):
         _constructive_optimum(task, best, outcome)
     exact = max(outcome[BEST], outcome[DROPPED]) <= outcome[BEST] + TOLERANCE
     accepted = [rows[:copies] for rows, copies, forced in zip(task.members, best, kept, strict=True) if not forced]
@@ -828,12 +886,13 @@ def _fluid_optimum(task: _Task, best: NDArray[np.int64], outcome: NDArray[np.flo
 
 def _constructive_optimum(task: _Task, best: NDArray[np.int64], outcome: NDArray[np.float64]) -> None:
     """From a fluid optimum that no schedule serves to the best set that one does."""
-    perf, _, gain, paces = task.model
-    caps = _caps(perf, gain, paces, task.jobs, task.base)
+    caps = _caps(task.model, task.jobs, task.base)
     terms = _priced(task, best)
     if np.isfinite(caps).all():
         terms = np.concatenate([terms, _priced(task, best, caps)])
-    outcome[BEST] = _lightened(task, best, outcome)
+    worth = task.jobs[VALUE] / np.maximum(task.jobs[PROMPT], 1.0)
+    fill(task.model, task.jobs, task.fixed, task.free, np.argsort(worth, kind="stable"), best, outcome)
+    outcome[BEST] = (task.jobs[VALUE] * best).sum()
     outcome[DROPPED] = -np.inf
     _pass(task, terms, caps, PROVEN[0], PROVEN[1], best, outcome)
 
@@ -847,17 +906,5 @@ def _pass(
     best: NDArray[np.int64],
     outcome: NDArray[np.float64],
 ) -> None:
-    search(*task.model, task.jobs, task.base, task.fixed, task.free, terms, caps, task.unit, width, visits, best, outcome)
-
-
-def _lightened(task: _Task, best: NDArray[np.int64], outcome: NDArray[np.float64]) -> float:
-    """Take requests out of `best`, the least worth per token first, until the construction serves it; its value."""
-    worth = task.jobs[VALUE] / np.maximum(task.jobs[PROMPT], 1.0)
-    while True:
-        open_ = [g for g in np.argsort(worth, kind="stable") if best[g] > 0 and task.jobs[FORCED, g] == 0.0]
-        for g in open_:
-            best[g] -= 1
-            if constructed(*task.model, task.jobs, task.fixed, best, outcome):
-                return float((task.jobs[VALUE] * best).sum())
-            best[g] += 1
-        best[open_[0]] -= 1
+    given = (task.model, task.options, task.jobs, task.base, task.fixed, task.free)
+    search(*given, terms, caps, task.unit, width, visits, best, outcome)

@@ -55,9 +55,9 @@ def measure(problems: Sequence[AdmissionProblem]) -> tuple[np.ndarray, list[Admi
     """Seconds of each call, and its result."""
     taken, results = [], []
     for each in problems:
-        start = time.perf_counter()
+        start = time.thread_time()
         results.append(admit_exact(each))
-        taken.append(time.perf_counter() - start)
+        taken.append(time.thread_time() - start)
     return np.array(taken), results
 
 
