@@ -31,10 +31,10 @@ from .admission import batch_seconds, pack, tokens_within
 from .jit import compiled
 
 NARROW: Final = 12  # states kept per class of requests in the first pass, which only has to be good
-WIDE: Final = 384  # states kept per class of requests in the pass that has to be exact
+WIDE = [384]  # states kept per class of requests in the pass that has to be exact
 EXPANSIONS: Final = 20_000  # states made by one pass, at most
 CONSTRUCTIONS: Final = 60_000  # stream visits of the earliest-deadline construction in one search, at most
-PROVEN = [384, 60000.0]
+PROVEN = [16, 60000.0]
 PRICE_STEPS: Final = 10  # bisections of the price of memory
 SPLITS: Final = 256  # how often the construction may serve only a part of identical streams
 SETTLE: Final = 128  # batches after the last prompt within which a schedule must have become periodic
@@ -774,122 +774,191 @@ def fill(model: Any, jobs: Any, fixed: Any, free: float, order: Any, best: Any, 
             spent += jobs[BLOCKS, g]
 
 
+@compiled
+def _before(table: Any, i: int, j: int) -> bool:
+    """The order of classes: by due time, and identical requests together."""
+    for k in range(table.shape[0]):
+        if table[k, i] != table[k, j]:
+            return bool(table[k, i] < table[k, j])
+    return False
+
+
+@compiled
+def classified(
+    now: float, free: float, deadlines: Any, prompts: Any, blocks: Any, tiers: Any, values: Any, running: Any, level: int
+) -> Any:
+    """Requests as (jobs, base, fixed, rows, first): identical ones merged, by due time.
+
+    base [`level` tiers] counts the decodes that are in step, fixed [STREAM_COLUMNS, n] has the streams of all
+    running requests, and class g consists of the requests `rows[first[g] : first[g + 1]]`.
+    """
+    table = np.empty((JOB_COLUMNS, deadlines.size))
+    rows = np.empty(deadlines.size, np.int64)
+    base = np.zeros(level, np.int64)
+    size = 0
+    wanted = 0.0
+    for i in range(deadlines.size):
+        due = max(deadlines[i] - now, 0.0)
+        if running[i] and prompts[i] == 0 and due == 0.0:
+            base[tiers[i]] += 1
+        elif running[i] or (values[i] > 0.0 and blocks[i] <= free):
+            table[DUE, size] = due
+            table[PROMPT, size] = prompts[i]
+            table[BLOCKS, size] = 0.0 if running[i] else blocks[i]
+            table[VALUE, size] = 0.0 if running[i] else values[i]
+            table[COPIES, size] = 1.0
+            table[TIER, size] = tiers[i]
+            table[FORCED, size] = 1.0 if running[i] else 0.0
+            wanted += table[BLOCKS, size]
+            rows[size] = i
+            size += 1
+    if wanted <= free:
+        table[BLOCKS, :size] = 0.0
+    order = np.argsort(table[DUE, :size], kind="mergesort")
+    for i in range(1, size):
+        item = order[i]
+        at = i
+        while at > 0 and _before(table, item, order[at - 1]):
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = item
+    first = np.zeros(size + 1, np.int64)
+    classes = 0
+    for i in range(size):
+        if i == 0 or _before(table, order[i - 1], order[i]):
+            first[classes] = i
+            classes += 1
+    first[classes] = size
+    jobs = table[:, order[first[:classes]]].copy()
+    jobs[COPIES] = first[1 : classes + 1] - first[:classes]
+    return jobs, base, _fixed(jobs, base), rows[order], first[: classes + 1]
+
+
+@compiled
+def _fixed(jobs: Any, base: Any) -> Any:
+    """The streams of the running requests: one per tier of decodes in step, one per forced class."""
+    streams = np.zeros((STREAM_COLUMNS, base.size + jobs.shape[1]))
+    size = 0
+    for tier in range(base.size):
+        if base[tier] > 0:
+            streams[KIND, size] = tier
+            streams[MANY, size] = base[tier]
+            size += 1
+    for g in range(jobs.shape[1]):
+        if jobs[FORCED, g] > 0.0:
+            streams[ANCHOR, size] = jobs[DUE, g]
+            streams[LEFT, size] = jobs[PROMPT, g] * jobs[COPIES, g]
+            streams[KIND, size] = jobs[TIER, g]
+            streams[MANY, size] = jobs[COPIES, g]
+            size += 1
+    return streams[:, :size].copy()
+
+
+@compiled
+def priced(model: Any, jobs: Any, supply: Any, capped: bool, free: float) -> Any:
+    """Terms of the Lagrangian bound, [1 or 3, TERM_ROWS, classes + 1], at prices where supply meets demand.
+
+    `supply` is what the fluid bound has, or, when `capped`, the caps. Where memory binds too, its price is
+    bisected and the terms on both sides of it are added.
+    """
+    used = np.zeros(1)
+    prices = np.zeros(3)
+    _token_prices(jobs, supply, 0.0, used)
+    sets = 1
+    if used[0] > free:
+        sets = 3
+        for g in range(jobs.shape[1]):
+            prices[2] = max(prices[2], jobs[VALUE, g] / max(jobs[BLOCKS, g], 1.0))
+        for _ in range(PRICE_STEPS):
+            middle = 0.5 * (prices[1] + prices[2])
+            _token_prices(jobs, supply, middle, used)
+            prices[1 if used[0] > free else 2] = middle
+    terms = np.empty((sets, TERM_ROWS, jobs.shape[1] + 1))
+    for k in range(sets):
+        price = _token_prices(jobs, supply, prices[k], used)
+        if capped:
+            terms[k] = _cap_terms(jobs, price, supply, prices[k])
+        else:
+            terms[k] = _terms(model, jobs, price, prices[k])
+    return terms
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A problem as the compiled functions take it; `members[g]` are the requests of class g."""
+    """A problem as the compiled functions take it; class g are the requests `rows[first[g] : first[g + 1]]`."""
 
     model: tuple[Any, float, Any, Any]  # perf, max batch tokens, gain, tpots
     options: tuple[Any, Any, Any]  # see `fluid_options`
     jobs: NDArray[np.float64]
     base: NDArray[np.int64]
     fixed: NDArray[np.float64]
+    rows: NDArray[np.int64]
+    first: NDArray[np.int64]
     free: float
     unit: float
-    members: tuple[NDArray[np.int64], ...]
+
+    def supply(self, taken: NDArray[np.int64]) -> tuple[NDArray[np.float64], float]:
+        supply, rate = supplied(self.model, self.options, self.jobs, self.base, taken)
+        return supply, float(rate)
+
+    def serves(self, taken: NDArray[np.int64], outcome: NDArray[np.float64]) -> bool:
+        return bool(constructed(self.model, self.jobs, self.fixed, taken, outcome))
 
 
 def _prepare(problem: AdmissionProblem) -> _Task:
-    due = np.maximum(problem.deadlines - problem.now, 0.0)
-    running, values, blocks = problem.running, problem.values, problem.blocks
-    decoding = running & (problem.prompts == 0) & (due == 0.0)
-    wanted = ~running & (values > 0.0) & (blocks <= problem.free_blocks)
-    bounded = int(blocks[wanted].sum()) > problem.free_blocks
-    rows = np.flatnonzero(wanted | (running & ~decoding))
-    keep = running[rows]
-    columns = np.stack([due[rows], problem.prompts[rows], blocks[rows] * (bounded & ~keep), values[rows] * ~keep])
-    columns = np.concatenate([columns, np.ones((1, rows.size)), problem.tiers[None, rows], keep[None, :]])
-    order = np.lexsort((*columns[PROMPT:COPIES], *columns[TIER:], columns[DUE]))
-    columns, rows = columns[:, order], rows[order]
-    first = np.flatnonzero(np.concatenate([[True], (columns[:, 1:] != columns[:, :-1]).any(axis=0)])[: rows.size])
-    jobs = np.ascontiguousarray(columns[:, first])
-    jobs[COPIES] = np.diff(np.append(first, rows.size))
-    base = np.bincount(problem.tiers[decoding], minlength=len(problem.tpots))
     model = (problem.perf, float(problem.max_batch_tokens), problem.gain, np.array(problem.tpots))
-    members = tuple(np.split(rows, first[1:])) if rows.size else ()
-    return _Task(model, fluid_options(*model), jobs, base, _fixed(jobs, base), float(problem.free_blocks), _unit(values[wanted]), members)
-
-
-def _fixed(jobs: NDArray[np.float64], base: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The streams of the running requests: one per tier of decodes in step, one per forced class."""
-    tiers = np.flatnonzero(base)
-    forced = jobs[:, jobs[FORCED] > 0.0]
-    streams = np.zeros((STREAM_COLUMNS, tiers.size + forced.shape[1]))
-    streams[KIND] = np.concatenate([tiers, forced[TIER]])
-    streams[MANY] = np.concatenate([base[tiers], forced[COPIES]])
-    streams[ANCHOR, tiers.size :] = forced[DUE]
-    streams[LEFT, tiers.size :] = forced[PROMPT] * forced[COPIES]
-    return streams
+    requests = (problem.deadlines, problem.prompts, problem.blocks, problem.tiers, problem.values, problem.running)
+    free = float(problem.free_blocks)
+    parts = classified(problem.now, free, *requests, len(problem.tpots))
+    values = parts[0][VALUE]
+    return _Task(model, fluid_options(*model), *parts, free, _unit(values[values > 0.0]))
 
 
 def _unit(values: NDArray[np.float64]) -> float:
     """The largest integer that divides every value; 0 when they are not whole."""
-    if values.size == 0 or (values != np.floor(values)).any() or values.max() > 2**52:
-        return 0.0
-    return float(np.gcd.reduce(values.astype(np.int64)))
-
-
-def _priced(task: _Task, taken: NDArray[np.int64], caps: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-    """Terms of the Lagrangian bound, [1 or 3, TERM_ROWS, classes + 1], at prices where supply meets demand.
-
-    The supply is what the fluid bound has beside `taken`, or else `caps`.
-    """
-    supply = supplied(task.model, task.options, task.jobs, task.base, taken)[0] if caps is None else caps
-    used = np.zeros(1)
-
-    def terms(blocks_price: float) -> NDArray[np.float64]:
-        price = _token_prices(task.jobs, supply, blocks_price, used)
-        if caps is not None:
-            return np.asarray(_cap_terms(task.jobs, price, caps, blocks_price))
-        return np.asarray(_terms(task.model, task.jobs, price, blocks_price))
-
-    sets = [terms(0.0)]
-    if used[0] > task.free:
-        low, high = 0.0, float((task.jobs[VALUE] / np.maximum(task.jobs[BLOCKS], 1.0)).max())
-        for _ in range(PRICE_STEPS):
-            middle = 0.5 * (low + high)
-            _token_prices(task.jobs, supply, middle, used)
-            low, high = (middle, high) if used[0] > task.free else (low, middle)
-        sets += [terms(low), terms(high)]
-    return np.stack(sets)
+    whole = values.astype(np.int64) if values.size and values.max() < 2**52 else values[:0]
+    return float(np.gcd.reduce(whole)) if whole.size and (whole == values).all() else 0.0
 
 
 def admit_exact(problem: AdmissionProblem, *, constructive: bool = True) -> AdmissionResult:
     """The new requests to accept; without `constructive` the optimum under the fluid bound alone."""
     task = _prepare(problem)
     kept = (task.jobs[FORCED] * task.jobs[COPIES]).astype(np.int64)
-    supply, rate = supplied(task.model, task.options, task.jobs, task.base, kept)
     outcome = np.array([0.0, -np.inf, 0.0, 0.0])
+    supply, rate = task.supply(kept)
     possible = rate >= 0.0 and bool((np.cumsum(task.jobs[PROMPT] * kept) <= supply + TOLERANCE).all())
-    if not possible or (constructive and not constructed(task.model, task.jobs, task.fixed, kept, outcome)):
+    if not possible or (constructive and not task.serves(kept, outcome)):
         return AdmissionResult((), 0.0, 0.0, True, False, 0)
     best = kept.copy()
-    _fluid_optimum(task, best, outcome)
-    bound = max(outcome[BEST], outcome[DROPPED])
-    if constructive and not constructed(task.model, task.jobs, task.fixed, best, outcome):
+    _fluid_optimum(task, supply, best, outcome)
+    bound = float(max(outcome[BEST], outcome[DROPPED]))
+    if constructive and not task.serves(best, outcome):
         _constructive_optimum(task, best, outcome)
-    exact = max(outcome[BEST], outcome[DROPPED]) <= outcome[BEST] + TOLERANCE
-    accepted = [rows[:copies] for rows, copies, forced in zip(task.members, best, kept, strict=True) if not forced]
-    chosen = np.sort(np.concatenate(accepted)) if accepted else np.zeros(0, np.int64)
-    value = float(problem.values[chosen].sum())
-    return AdmissionResult(tuple(chosen.tolist()), value, float(bound), bool(exact), True, int(outcome[MADE]))
+    exact = bool(outcome[DROPPED] <= outcome[BEST] + TOLERANCE)
+    taken = best - kept
+    chosen = sorted(int(i) for g in np.flatnonzero(taken) for i in task.rows[task.first[g] :][: taken[g]])
+    return AdmissionResult(tuple(chosen), float(problem.values[chosen].sum()), bound, exact, True, int(outcome[MADE]))
 
 
-def _fluid_optimum(task: _Task, best: NDArray[np.int64], outcome: NDArray[np.float64]) -> None:
+def _fluid_optimum(
+    task: _Task, supply: NDArray[np.float64], best: NDArray[np.int64], outcome: NDArray[np.float64]
+) -> None:
     """A narrow pass, and when that dropped anything a wide one with prices learnt from its result."""
     caps = np.full(best.size, np.inf)
-    terms = _priced(task, best)
+    terms = priced(task.model, task.jobs, supply, False, task.free)
     _pass(task, terms, caps, NARROW, 0.0, best, outcome)
     if outcome[DROPPED] > outcome[BEST] + TOLERANCE:
         outcome[DROPPED] = -np.inf
-        _pass(task, np.concatenate([terms, _priced(task, best)]), caps, WIDE, 0.0, best, outcome)
+        learnt = priced(task.model, task.jobs, task.supply(best)[0], False, task.free)
+        _pass(task, np.concatenate([terms, learnt]), caps, WIDE[0], 0.0, best, outcome)
 
 
 def _constructive_optimum(task: _Task, best: NDArray[np.int64], outcome: NDArray[np.float64]) -> None:
     """From a fluid optimum that no schedule serves to the best set that one does."""
+    terms = priced(task.model, task.jobs, task.supply(best)[0], False, task.free)
     caps = _caps(task.model, task.jobs, task.base)
-    terms = _priced(task, best)
-    if np.isfinite(caps).all():
-        terms = np.concatenate([terms, _priced(task, best, caps)])
+    if task.base.any():
+        terms = np.concatenate([terms, priced(task.model, task.jobs, caps, True, task.free)])
     worth = task.jobs[VALUE] / np.maximum(task.jobs[PROMPT], 1.0)
     fill(task.model, task.jobs, task.fixed, task.free, np.argsort(worth, kind="stable"), best, outcome)
     outcome[BEST] = (task.jobs[VALUE] * best).sum()

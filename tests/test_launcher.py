@@ -169,6 +169,18 @@ def test_a_hung_engine_is_restarted(tmp_path: Path, stuck_arguments: list[str]) 
         wait_until(lambda: b"text_output" in generate(server.http))
 
 
+def test_a_frozen_stub_is_restarted(tmp_path: Path, stuck_arguments: list[str]) -> None:
+    """A stub that is stopped is no zombie, and Triton answers for it with the status of a bad request."""
+    limits = Limits(probe_interval=0.2, probe_timeout=5.0, first_delay=0.1)
+    repository = tmp_path / "stuck_models"
+    with Server(repository, models=["llm"], supervise=True, limits=limits, extra_args=stuck_arguments) as server:
+        first = server.pid
+        os.kill(next(member.pid for member in session_members(first) if "python" in member.name), signal.SIGSTOP)
+        wait_until(lambda: server.num_starts == 2)
+        wait_until(lambda: b"text_output" in generate(server.http))
+        assert traces(first, -1) == []
+
+
 def generate(address: str) -> bytes:
     """One request to the model that can hang."""
     try:
