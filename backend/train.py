@@ -45,7 +45,7 @@ MAX_POSITIONS = 4096
 ROPE_THETA = 10000.0
 HELD_OUT_ONE_IN = 14
 EXCLUDED_PARTS = frozenset(
-    "site-packages dist-packages test tests idle_test encodings pydoc_data __pycache__".split()
+    ["site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"]
 )
 EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")
 # (context in tokens, share of the steps): short first, the full context at the end.
@@ -89,20 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="multiply the number of steps of both models (default: %(default)s)",
     )
-    parser.add_argument(
-        "--threads", type=int, default=2, help="CPU threads used (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of weights and data order (default: %(default)s)"
-    )
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads used (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: %(default)s)")
     parser.add_argument(
         "--keep-target",
         action="store_true",
         help="use the target and the tokenizer already in --output, train only the draft",
     )
-    parser.add_argument(
-        "--log-every", type=int, default=10, help="steps between progress lines (default: 10)"
-    )
+    parser.add_argument("--log-every", type=int, default=10, help="steps between progress lines (default: 10)")
 
 
 def is_held_out(relative: str) -> bool:
@@ -277,9 +271,7 @@ class Optimizer:
         chosen = {id(p) for p in self.matrices}
         self.rest = [p for _, p in named if id(p) not in chosen]
         self.velocity = [torch.zeros_like(p) for p in self.matrices]
-        self.adam = torch.optim.AdamW(
-            self.rest, lr=self.ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0
-        )
+        self.adam = torch.optim.AdamW(self.rest, lr=self.ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, factor: float) -> None:
         """Apply one update at ``factor`` times the peak learning rates and drop the gradients."""
@@ -336,13 +328,12 @@ def backward(model: Any, window: Any, teacher: Any, soft: float) -> float:
         (loss / len(labels)).backward()
         gradients.append(leaf.grad)
         total += float(hard.detach())
-    torch.autograd.backward(states, torch.cat(gradients))
+    autograd: Any = torch.autograd  # its backward has no annotations
+    autograd.backward(states, torch.cat(gradients))
     return total / len(labels)
 
 
-def train_model(
-    shape: Shape, stream: Any, teacher: Any, args: argparse.Namespace
-) -> tuple[Any, float, int]:
+def train_model(shape: Shape, stream: Any, teacher: Any, args: argparse.Namespace) -> tuple[Any, float, int]:
     """Train one model; return it with the wall time (seconds) and the number of tokens seen."""
     import torch
 
@@ -424,9 +415,7 @@ def losses(model: Any, windows: Any) -> Any:
             states = hidden_states(model, window[None, :-1])
             parts = [
                 cross_entropy(piece @ model.lm_head.weight.T, target, reduction="none")
-                for piece, target in zip(
-                    states.split(LOGIT_CHUNK), window[1:].split(LOGIT_CHUNK), strict=True
-                )
+                for piece, target in zip(states.split(LOGIT_CHUNK), window[1:].split(LOGIT_CHUNK), strict=True)
             ]
             rows.append(torch.cat(parts))
     return torch.stack(rows).double()
