@@ -325,11 +325,11 @@ def backward(model: Any, window: Any, teacher: Any, soft: float) -> float:
             with torch.no_grad():
                 wanted = (taught[part] @ teacher.lm_head.weight.T).softmax(-1)
             loss = (1 - soft) * hard + soft * cross_entropy(logits, wanted, reduction="sum")
-        (loss / len(labels)).backward()
+        mean: Any = loss / len(labels)
+        mean.backward()
         gradients.append(leaf.grad)
         total += float(hard.detach())
-    autograd: Any = torch.autograd  # its backward has no annotations
-    autograd.backward(states, torch.cat(gradients))
+    torch.autograd.backward(states, torch.cat(gradients))
     return total / len(labels)
 
 
