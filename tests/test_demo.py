@@ -51,7 +51,12 @@ def test_the_demonstration_loses_nothing(tmp_path: Path) -> None:
 def test_interrupting_the_demonstration_stops_its_server() -> None:
     """Ctrl-C in mid-run: exit code 130 and nobody listens on the server's port any more."""
     process = subprocess.Popen(
-        [*COMMAND, "--seconds", "120", "--rate", "2"], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=_unbuffered()
+        [*COMMAND, "--seconds", "120", "--rate", "2"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_unbuffered(),
+        preexec_fn=_interruptible,
     )
     assert process.stdout is not None
     port = 0
@@ -65,6 +70,11 @@ def test_interrupting_the_demonstration_stops_its_server() -> None:
     assert process.wait(timeout=120) == 130
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def _interruptible() -> None:
+    """A shell's background job ignores Ctrl-C and hands that down; a person's terminal does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _unbuffered() -> dict[str, str]:
