@@ -52,7 +52,7 @@ LEGEND: Final = """
 Times are the client's. Attained: every token by its due time. Where SLOs grow with the prompt, the median SLO is shown.
 An admitted request was promised its SLO; the others are served best effort and miss unless they are on time anyway."""
 HTTP_SHARE: Final = 0.2
-LOAD: Final = 0.65  # of the measured token rate: busy in the quiet, overloaded in the bursts
+LOAD: Final = 0.5  # of the measured token rate: prompts cost too, and the bursts overload it
 LEAST_RATE: Final = 0.5  # arrivals per second, however slow the machine
 PROBE_REQUESTS: Final = 16
 PROBE_SECONDS: Final = 3.0

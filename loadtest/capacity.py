@@ -1,0 +1,272 @@
+"""Capacity: the highest rate at which a policy keeps enough of its promises, found by bisection.
+
+Rates lie on one geometric grid, so that all policies, parameters and targets meet the same traces and
+share what was played. Each replica has a planner and an engine of its own; sessions are dealt round
+robin, all rounds of one to the same replica. Best-effort work is played to its end and paid for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
+
+from slos_serve.scheduler import (
+    Capabilities,
+    DecodeFirst,
+    EarliestDue,
+    PerfModel,
+    Plan,
+    Planner,
+    PrefillFirst,
+    Request,
+    Scheduler,
+    Snapshot,
+    StepReport,
+    attained,
+)
+from slos_serve.scheduler.core import RequestId
+from slos_serve.scheduler.simulator import Outcome, SimulatedEngine, simulate
+
+from .cells import Profile, Turn
+from .report import block_attained, mean_attained
+
+Rule: TypeAlias = Literal["strict", "blocks", "mean"]
+Parameters: TypeAlias = Mapping[str, float]
+
+RULES: Final[Mapping[Rule, Callable[..., bool]]] = {
+    "strict": attained,
+    "blocks": block_attained,
+    "mean": mean_attained,
+}
+STEPS_PER_DOUBLING: Final = 24  # of the grid of rates: neighbours differ by 2.9 %
+LENGTH_CLASSES: Final = 4  # quartiles of prompt plus output
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How to make a policy's planner, and the parameters to try. Ours has one setting for all cells."""
+
+    make: Callable[[Capabilities, PerfModel, Parameters], Planner]
+    sweep: tuple[Parameters, ...]
+
+
+def _ours(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
+    return Scheduler(capabilities, perf)
+
+
+def _vllm(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
+    return Scheduler(capabilities, perf, compose=PrefillFirst(int(parameters["budget"])))
+
+
+def _sarathi(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
+    return Scheduler(capabilities, perf, compose=DecodeFirst(int(parameters["budget"])))
+
+
+def _qoserve(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
+    return Scheduler(capabilities, perf, compose=EarliestDue(parameters["alpha"], parameters["cap"]))
+
+
+# The middle of each sweep comes first: the better the first, the sooner the others are ruled out.
+EXAMINED: Final[Mapping[str, Policy]] = {
+    "slos_serve": Policy(_ours, ({},)),
+    "sarathi": Policy(_sarathi, tuple({"budget": budget} for budget in (512, 1024, 256, 2048, 128, 4096))),
+    "vllm": Policy(_vllm, tuple({"budget": budget} for budget in (4096, 2048, 8192))),
+    "qoserve": Policy(
+        _qoserve, tuple({"alpha": alpha, "cap": cap} for cap in (0.1, 0.06, 0.2) for alpha in (1.0, 0.0, 4.0))
+    ),
+}
+
+
+class TimedPlanner:
+    """A planner, and the CPU seconds each of its plans took."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+        self.seconds: list[float] = []
+
+    def add(self, request: Request, now: float) -> None:
+        self._planner.add(request, now)
+
+    def cancel(self, request_id: RequestId) -> bool:
+        return self._planner.cancel(request_id)
+
+    def plan(self, now: float) -> Plan:
+        started = time.perf_counter()
+        plan = self._planner.plan(now)
+        self.seconds.append(time.perf_counter() - started)
+        return plan
+
+    def report(self, report: StepReport) -> None:
+        self._planner.report(report)
+
+    def snapshot(self) -> Snapshot:
+        return self._planner.snapshot()
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One run in numbers: shares of all sessions that attained, by rule; CPU milliseconds of a plan.
+
+    `token_weighted` counts each session by its prompt and output tokens; `by_length` gives the strict share
+    of each quartile of that size, shortest first; `p99_gap` is the P99 time between tokens in seconds.
+    """
+
+    rate: float
+    sessions: int
+    seconds: float
+    dropped: int
+    attainment: Mapping[Rule, float]
+    token_weighted: float
+    by_length: tuple[float, ...]
+    p99_gap: float
+    preemptions: int
+    planner_ms: Mapping[str, float] = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What serves: `replicas` of a profile under a policy. `noise` is the sd of the lognormal iteration time."""
+
+    profile: Profile
+    make: Callable[[Capabilities, PerfModel], Planner]
+    replicas: int = 1
+    noise: float = 0.05
+    seed: int = 0
+
+
+def play(fleet: Fleet, firsts: Sequence[Turn]) -> tuple[dict[RequestId, Outcome], list[float]]:
+    """Every session to its end. Returns what became of each request, and the seconds of every plan."""
+    outcomes: dict[RequestId, Outcome] = {}
+    seconds: list[float] = []
+    for index in range(fleet.replicas):
+        share = firsts[index :: fleet.replicas]
+        planner = TimedPlanner(fleet.make(fleet.profile.capabilities, fleet.profile.perf))
+        rng = np.random.default_rng([fleet.seed, index])
+        engine = SimulatedEngine(fleet.profile.capabilities, fleet.profile.perf, rng, fleet.noise)
+        lengths = {turn.request.id: turn.output_tokens for turn in share}
+        requests = [turn.request for turn in share]
+        outcomes |= simulate(requests, lengths, planner, engine, follow_up=_follower(share))
+        seconds += planner.seconds
+    return outcomes, seconds
+
+
+def _follower(share: Sequence[Turn]) -> Callable[[RequestId, float], tuple[Request, int] | None]:
+    """Releases the next round of a session once the tool has answered."""
+    current = {turn.request.id: turn for turn in share}
+
+    def follow(request_id: RequestId, now: float) -> tuple[Request, int] | None:
+        turn = current.pop(request_id)
+        following = turn.following
+        if following is None:
+            return None
+        current[following.request.id] = following
+        return replace(following.request, arrived_at=now + turn.delay), following.output_tokens
+
+    return follow
+
+
+def rounds(turn: Turn) -> Iterator[Turn]:
+    """A session's requests in order."""
+    each: Turn | None = turn
+    while each is not None:
+        yield each
+        each = each.following
+
+
+def kept(rule: Callable[..., bool], turn: Turn, outcome: Outcome | None) -> bool:
+    """Whether one request attained under `rule`, judged by the tokens each stage really had."""
+    if outcome is None or len(outcome.token_times) < turn.output_tokens:
+        return False
+    tokens = [stage.max_new_tokens for stage in turn.stages]
+    return rule(turn.stages, tokens, outcome.request.arrived_at, outcome.token_times)
+
+
+def score(
+    firsts: Sequence[Turn], outcomes: Mapping[RequestId, Outcome], planning: Sequence[float], **about: Any
+) -> Score:
+    """Judge a run: a session attains when all of its requests do. Raises ValueError without sessions."""
+    if not firsts:
+        raise ValueError("no session fits the KV memory of this profile: nothing to judge")
+    kept_by: dict[Rule, np.ndarray[Any, Any]] = {
+        name: np.array([all(kept(rule, t, outcomes.get(t.request.id)) for t in rounds(turn)) for turn in firsts])
+        for name, rule in RULES.items()
+    }
+    sizes = np.array([sum(t.request.prompt_tokens + t.output_tokens for t in rounds(turn)) for turn in firsts])
+    order = np.argsort(sizes, kind="stable")
+    gaps = np.concatenate([np.diff(outcome.token_times) for outcome in outcomes.values()])
+    strict = kept_by["strict"]
+    return Score(
+        sessions=len(firsts),
+        attainment={name: float(values.mean()) for name, values in kept_by.items()},
+        token_weighted=float((strict * sizes).sum() / sizes.sum()),
+        by_length=tuple(float(strict[part].mean()) for part in np.array_split(order, LENGTH_CLASSES) if part.size),
+        p99_gap=float(np.percentile(gaps, 99)) if gaps.size else 0.0,
+        preemptions=sum(outcome.preemptions for outcome in outcomes.values()),
+        planner_ms={
+            "median": float(np.median(planning)) * 1000,
+            "p99": float(np.percentile(planning, 99)) * 1000,
+            "calls": len(planning),
+        },
+        **about,
+    )
+
+
+def rate_at(step: int) -> float:
+    """Sessions per second at a point of the grid."""
+    return float(2.0 ** (step / STEPS_PER_DOUBLING))
+
+
+@dataclass(slots=True)
+class Search:
+    """Capacities of one policy in one cell. `evaluate(parameters, step)` plays one point of the grid."""
+
+    sweep: Sequence[Parameters]
+    evaluate: Callable[[Parameters, int], Score]
+    start: int
+    span: int = 10 * STEPS_PER_DOUBLING  # a factor of 1000 below `start` counts as no capacity
+    _played: dict[tuple[int, int], Score] = field(default_factory=dict)
+
+    def capacity(self, rule: Rule, target: float) -> tuple[int, int] | None:
+        """The best (index into the sweep, step) with at least `target` attained under `rule`; None: nowhere."""
+        best: tuple[int, int] | None = None
+        for index in range(len(self.sweep)):
+            if best is not None and not self._passes(index, best[1] + 1, rule, target):
+                continue
+            step = self._highest(index, self.start if best is None else best[1] + 1, rule, target)
+            if step is not None:
+                best = index, step
+        return best
+
+    def played(self, index: int, step: int) -> Score:
+        if (index, step) not in self._played:
+            self._played[index, step] = self.evaluate(self.sweep[index], step)
+        return self._played[index, step]
+
+    def curve(self) -> Iterator[tuple[Parameters, Score]]:
+        """Everything played, by parameters and rate."""
+        for (index, _), result in sorted(self._played.items(), key=lambda item: item[0]):
+            yield self.sweep[index], result
+
+    def _passes(self, index: int, step: int, rule: Rule, target: float) -> bool:
+        return self.played(index, step).attainment[rule] >= target
+
+    def _highest(self, index: int, start: int, rule: Rule, target: float) -> int | None:
+        """Gallop from `start` until the edge is between two steps, then bisect."""
+        low = high = start
+        stride = 4
+        if self._passes(index, start, rule, target):
+            while self._passes(index, high := low + stride, rule, target):
+                low, stride = high, 2 * stride
+        else:
+            while not self._passes(index, low := high - stride, rule, target):
+                if start - low > self.span:
+                    return None
+                high, stride = low, 2 * stride
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._passes(index, middle, rule, target) else (low, middle)
+        return low

@@ -1,0 +1,433 @@
+"""`slos-serve exam`: how many requests per second each policy serves within its SLOs, in virtual time.
+
+One cell is a workload under arrivals on a profile with a policy and replicas, from a seed; lists make a
+matrix. Results are equal for equal arguments on any machine with the same numpy, except for the planner's
+real time. Results are written as one JSON file, whole or not at all, after each cell; with `--resume` cells
+that are already in it are not played again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Final
+
+import numpy as np
+
+from slos_serve.scheduler import Capabilities, PerfModel, Planner
+
+from .capacity import EXAMINED, RULES, Fleet, Parameters, Policy, Rule, Score, Search, play, rate_at, score
+from .cells import (
+    ARRIVALS,
+    TARGETS,
+    Load,
+    Profile,
+    Target,
+    Turn,
+    check_targets,
+    check_trace,
+    cost,
+    draw,
+    known,
+    lifetime,
+    load_profile,
+    parse_targets,
+    profiles,
+    turns,
+)
+from .workload import WORKLOADS
+
+HEADLINE: Final[Rule] = "strict"
+SAMPLE: Final = 500  # sessions that tell a workload's mean lifetime and cost
+FIRST_GUESS: Final = 0.4  # share of the GPU's raw token rate where the search starts
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One examined combination. `rate` in sessions per second for all replicas; None searches the capacity."""
+
+    workload: str
+    arrivals: str
+    profile: str
+    policy: str
+    replicas: int
+    seed: int
+    ttft_floor_ms: float = 0.0
+    noise: float = 0.05
+    rate: float | None = None
+    targets: tuple[float, ...] = (0.9,)
+    rules: tuple[Rule, ...] = (HEADLINE,)
+    slos: tuple[str, ...] = ()
+    trace: Path | None = None
+    min_requests: int = 600
+    burst_period: float = 60.0
+
+    @property
+    def load(self) -> Load:
+        return Load(self.workload, self.arrivals, self.trace, self.min_requests, self.burst_period)
+
+    def about(self) -> dict[str, Any]:
+        """The cell as JSON values: what a result is found again by."""
+        return {
+            "workload": self.workload,
+            "arrivals": self.arrivals,
+            "profile": self.profile,
+            "policy": self.policy,
+            "replicas": self.replicas,
+            "seed": self.seed,
+            "ttft_floor_ms": self.ttft_floor_ms,
+            "noise": self.noise,
+            "rate": self.rate,
+            "targets": list(self.targets),
+            "rules": list(self.rules),
+            "slos": list(self.slos),
+            "trace": str(self.trace) if self.trace else None,
+            "min_requests": self.min_requests,
+            "burst_period_s": self.burst_period,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A cell made ready: its profile and targets, and what a mean session lasts and costs in seconds."""
+
+    cell: Cell
+    profile: Profile
+    targets: Mapping[str, Target]
+    lifetime: float
+    cost: float
+
+    def firsts(self, rate: float) -> tuple[list[Turn], float, int]:
+        """The sessions at a rate, the seconds they span, and how many did not fit the KV memory."""
+        arrivals, seconds = draw(self.cell.load, rate, self.lifetime, self.cell.seed)
+        return *self._turns(arrivals, seconds),
+
+    def _turns(self, arrivals: Sequence[Any], seconds: float) -> tuple[list[Turn], float, int]:
+        firsts, dropped = turns(arrivals, self.profile, self.targets, self.cell.ttft_floor_ms / 1000)
+        return firsts, seconds, dropped
+
+    def evaluate(self, parameters: Parameters, rate: float) -> Score:
+        """Play the cell's sessions at `rate` under its policy with `parameters`."""
+        firsts, seconds, dropped = self.firsts(rate)
+        make = partial(_planner, EXAMINED[self.cell.policy], parameters)
+        fleet = Fleet(self.profile, make, self.cell.replicas, self.cell.noise, self.cell.seed)
+        outcomes, planning = play(fleet, firsts)
+        return score(firsts, outcomes, planning, rate=rate, seconds=seconds, dropped=dropped)
+
+
+def _planner(policy: Policy, parameters: Parameters, capabilities: Capabilities, perf: PerfModel) -> Planner:
+    return policy.make(capabilities, perf, parameters)
+
+
+def scene(cell: Cell) -> Scene:
+    """Check a cell and make it ready. Raises ValueError with the known names, or what can never be served."""
+    known("policy", cell.policy, EXAMINED)
+    known("arrivals", cell.arrivals, [*ARRIVALS, "trace"])
+    profile, targets = load_profile(cell.profile), parse_targets(cell.slos)
+    check_targets(targets, profile)
+    if cell.trace is not None:
+        check_trace(cell.trace, profile, targets)
+    else:
+        known("workload", cell.workload, WORKLOADS)
+    typical = _typical(cell.load, cell.profile, cell.slos, cell.ttft_floor_ms)
+    return Scene(cell, profile, targets, *typical)
+
+
+@cache
+def _typical(load: Load, profile_name: str, slos: tuple[str, ...], ttft_floor_ms: float) -> tuple[float, float]:
+    profile = load_profile(profile_name)
+    arrivals, _ = draw(Load(load.workload, "poisson", load.trace, SAMPLE), 1.0, 0.0, 0)
+    firsts, _ = turns(arrivals, profile, parse_targets(slos), ttft_floor_ms / 1000)
+    if not firsts:
+        raise ValueError(f"no session of {load.workload} fits the KV memory of {profile.name}")
+    return fmean(map(lifetime, firsts)), fmean(cost(turn, profile) for turn in firsts)
+
+
+# One cell
+
+
+def examine(cell: Cell) -> dict[str, Any]:
+    """Play one cell; the result as JSON values."""
+    ready, started = scene(cell), time.perf_counter()
+    result = _point(ready, cell.rate) if cell.rate is not None else _capacities(ready)
+    return {**cell.about(), **result, "real_seconds": round(time.perf_counter() - started, 2)}
+
+
+def _point(ready: Scene, rate: float) -> dict[str, Any]:
+    """The best parameters at one rate, by the headline rule."""
+    played = [(parameters, ready.evaluate(parameters, rate)) for parameters in EXAMINED[ready.cell.policy].sweep]
+    parameters, best = max(played, key=lambda pair: pair[1].attainment[HEADLINE])
+    return {"parameters": dict(parameters), "capacity_per_gpu": {}, **_shown(best), "curve": _curve(played)}
+
+
+def _capacities(ready: Scene) -> dict[str, Any]:
+    cell = ready.cell
+    start = round(24 * float(np.log2(max(FIRST_GUESS * cell.replicas / ready.cost, 1e-3))))
+    sweep = EXAMINED[cell.policy].sweep
+    search = Search(sweep, lambda parameters, step: ready.evaluate(parameters, rate_at(step)), start)
+    capacities: dict[str, dict[str, float]] = {}
+    chosen: dict[str, dict[str, Parameters | None]] = {}
+    headline: tuple[int, int] | None = None
+    for rule, target in itertools.product(cell.rules, cell.targets):
+        found = search.capacity(rule, target)
+        if (rule, target) == (cell.rules[0], cell.targets[0]):
+            headline = found
+        capacities.setdefault(rule, {})[f"{target:g}"] = rate_at(found[1]) / cell.replicas if found else 0.0
+        chosen.setdefault(rule, {})[f"{target:g}"] = dict(sweep[found[0]]) if found else None
+        search.start = found[1] if found else search.start
+    result: dict[str, Any] = {"parameters": None, "capacity_per_gpu": capacities, "chosen": chosen}
+    if headline is not None:
+        result |= {"parameters": dict(sweep[headline[0]]), **_shown(search.played(*headline))}
+    return {**result, "curve": _curve(search.curve())}
+
+
+def _shown(result: Score) -> dict[str, Any]:
+    return {
+        "at_rate": result.rate,
+        "sessions": result.sessions,
+        "horizon_s": result.seconds,
+        "dropped": result.dropped,
+        "attainment": dict(result.attainment),
+        "token_weighted_attainment": result.token_weighted,
+        "attainment_by_length": list(result.by_length),
+        "p99_time_between_tokens_s": result.p99_gap,
+        "preemptions": result.preemptions,
+        "planner_ms": dict(result.planner_ms),
+    }
+
+
+def _curve(played: Iterable[tuple[Parameters, Score]]) -> list[dict[str, Any]]:
+    return [
+        {"parameters": dict(parameters), "rate": result.rate, "attainment": dict(result.attainment)}
+        for parameters, result in played
+    ]
+
+
+# Many cells
+
+
+def results(cells: Sequence[Cell], jobs: int) -> Iterator[dict[str, Any]]:
+    """Each cell's result as soon as it is there, on `jobs` processes. The first failure ends it all."""
+    if jobs <= 1 or len(cells) <= 1:
+        yield from map(examine, cells)
+        return
+    with ProcessPoolExecutor(min(jobs, len(cells)), mp_context=get_context("spawn")) as pool:
+        futures: list[Future[dict[str, Any]]] = [pool.submit(examine, cell) for cell in cells]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def write_json(path: Path, cells: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the file as a whole."""
+    text = json.dumps({"cells": list(cells)}, indent=1) + "\n"
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as stream:
+            stream.write(text)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _earlier(path: Path | None, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Results of these cells that the file already holds."""
+    if path is None or not path.exists():
+        return []
+    try:
+        stored = json.loads(path.read_text())["cells"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a file of exam results ({error!r})") from error
+    wanted = [cell.about() for cell in cells]
+    return [result for result in stored if {name: result.get(name) for name in wanted[0]} in wanted]
+
+
+# The command
+
+ALL: Final[Mapping[str, str]] = {
+    "workload": ",".join(WORKLOADS),
+    "arrivals": "poisson,bursts",
+    "profile": "a100-opt-13b,a100-llama-3-8b,h100-llama-3-8b",
+    "policy": ",".join(EXAMINED),
+}
+ONE: Final[Mapping[str, str]] = {
+    "workload": "chatbot",
+    "arrivals": "bursts",
+    "profile": "a100-llama-3-8b",
+    "policy": "slos_serve",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`slos-serve exam`."""
+    lists = {
+        "workload": (WORKLOADS, "what is asked"),
+        "arrivals": (ARRIVALS, "when it is asked"),
+        "profile": (profiles(), "the time model"),
+        "policy": (EXAMINED, "who plans"),
+    }
+    for name, (names, help_text) in lists.items():
+        parser.add_argument(f"--{name}", help=f"{help_text}, a comma-separated list of: {', '.join(names)}")
+    parser.add_argument("--trace", type=Path, help="a trace file instead of workload and arrivals (CSV or CSV.gz)")
+    parser.add_argument("--replicas", default="1", help="how many, a list")
+    parser.add_argument("--seed", default="0", help="a list")
+    parser.add_argument("--ttft-floor-ms", default="0", help="no TTFT SLO below this, a list; 0: the pure rule")
+    parser.add_argument("--rate", help="sessions per second for all replicas, a list; without: search the capacity")
+    parser.add_argument("--target", default="0.9", help="shares of sessions that must attain, a list; first: headline")
+    parser.add_argument("--rule", default=HEADLINE, help=f"scoring rules for the capacity, a list of {','.join(RULES)}")
+    parser.add_argument("--noise", type=float, default=0.05, help="relative sd of the iteration times")
+    parser.add_argument("--requests", type=int, default=600, help="at least so many sessions per run")
+    parser.add_argument("--burst-period", type=float, default=60.0, help="seconds from one burst to the next")
+    parser.add_argument("--slo", action="append", default=[], help="CLASS=TTFT/TPOT[/ANSWER_TPOT] in ms, TTFT also 5x")
+    parser.add_argument("--all", action="store_true", help="the full matrix: what is not given takes every name")
+    parser.add_argument("--resume", action="store_true", help="keep the cells that are already in the JSON file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes for several cells")
+    parser.add_argument("--json", type=Path, help="write the results here")
+
+
+def cells_of(args: argparse.Namespace) -> list[Cell]:
+    """Every combination that was asked for, checked. Raises ValueError naming the option."""
+    defaults = ALL if args.all else ONE
+    chosen = {name: _names(getattr(args, name) or default) for name, default in defaults.items()}
+    if args.trace is not None:
+        if args.workload or args.arrivals:
+            raise ValueError("--trace: brings its own workload and arrivals, do not give --workload or --arrivals")
+        chosen |= {"workload": [args.trace.name], "arrivals": ["trace"]}
+    else:
+        for name in chosen["arrivals"]:
+            known("arrivals", name, ARRIVALS)
+    if args.requests < 10:
+        raise ValueError(f"--requests: must be at least 10, got {args.requests}")
+    rules = tuple(rule for rule in RULES if rule in _known_rules(args.rule))
+    rates = [None] if args.rate is None else _numbers("rate", args.rate, 1e-6, 1e6)
+    combinations = itertools.product(
+        *chosen.values(),
+        [int(n) for n in _numbers("replicas", args.replicas, 1, 1024, whole=True)],
+        [int(n) for n in _numbers("seed", args.seed, 0, 2**31, whole=True)],
+        _numbers("ttft-floor-ms", args.ttft_floor_ms, 0, 1e6),
+        _numbers("noise", str(args.noise), 0, 1),
+        rates,
+    )
+    targets = tuple(_numbers("target", args.target, 0.01, 1.0))
+    period = _numbers("burst-period", str(args.burst_period), 1, 1e6)[0]
+    more = (targets, rules, tuple(args.slo), args.trace, args.requests, period)
+    cells = [Cell(*combination, *more) for combination in combinations]
+    for cell in cells:
+        scene(cell)
+    return cells
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _known_rules(text: str) -> list[str]:
+    names = _names(text)
+    for name in names:
+        known("rule", name, RULES)
+    return names
+
+
+def _numbers(option: str, text: str, low: float, high: float, *, whole: bool = False) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{option}: must be numbers separated by commas, got {text!r}") from None
+    for value in values:
+        if not low <= value <= high or (whole and not value.is_integer()):
+            kind = "whole numbers" if whole else "numbers"
+            raise ValueError(f"--{option}: must be {kind} in [{low:g}, {high:g}], got {text!r}")
+    return values
+
+
+def run(args: argparse.Namespace) -> int:
+    """Play the cells, show the table, write the JSON."""
+    cells = cells_of(args)
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ValueError(f"--json: no such folder: {args.json.parent}")
+    done = _earlier(args.json, cells) if args.resume else []
+    have = [{name: result[name] for name in cells[0].about()} for result in done]
+    left = [cell for cell in cells if cell.about() not in have]
+    started = time.monotonic()
+    for result in results(left, args.jobs):
+        done.append(result)
+        if args.json is not None:
+            write_json(args.json, _in_order(done, cells))
+        _progress(len(done), len(cells), time.monotonic() - started)
+    if args.json is not None and not left:
+        write_json(args.json, _in_order(done, cells))
+    print(table(_in_order(done, cells)))
+    return 0
+
+
+def _in_order(done: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    order = [cell.about() for cell in cells]
+    return sorted(done, key=lambda result: order.index({name: result[name] for name in order[0]}))
+
+
+def _progress(done: int, total: int, seconds: float) -> None:
+    if total > 1:
+        filled = 30 * done // total
+        line = f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} cells, {seconds:.0f} s"
+        end = "\n" if done == total or not sys.stderr.isatty() else "\r"
+        print(line, end=end, file=sys.stderr, flush=True)
+
+
+_HEADER: Final = (
+    "workload", "arrivals", "profile", "policy", "parameters", "replicas", "seed", "floor ms", "req/s per GPU",
+    "strict", "blocks", "mean", "by tokens", "sessions", "planner ms p50/p99",
+)  # fmt: skip
+
+
+def table(done: Sequence[Mapping[str, Any]]) -> str:
+    """The results as text: a line per cell; capacities at each target, attainment at the first of them."""
+    lines = [_HEADER, *(_line(result) for result in done)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _line(result: Mapping[str, Any]) -> tuple[str, ...]:
+    about = [str(result[name]) for name in ("workload", "arrivals", "profile", "policy")]
+    parameters = result["parameters"]
+    told = "-" if not parameters else " ".join(f"{name}={value:g}" for name, value in parameters.items())
+    where = [told, str(result["replicas"]), str(result["seed"]), f"{result['ttft_floor_ms']:g}"]
+    if "attainment" not in result:
+        return (*about, *where, "0", *["-"] * 6)
+    shares = [f"{100 * result['attainment'][rule]:.1f} %" for rule in RULES]
+    planner = result["planner_ms"]
+    return (
+        *about,
+        *where,
+        _rates(result),
+        *shares,
+        f"{100 * result['token_weighted_attainment']:.1f} %",
+        str(result["sessions"]),
+        f"{planner['median']:.2f} / {planner['p99']:.2f}",
+    )
+
+
+def _rates(result: Mapping[str, Any]) -> str:
+    if not result["capacity_per_gpu"]:
+        return f"at {result['at_rate'] / result['replicas']:.3g}"
+    headline = result["capacity_per_gpu"][result["rules"][0]]
+    if len(headline) == 1:
+        return f"{next(iter(headline.values())):.3g}"
+    return ", ".join(f"{100 * float(target):g} %: {rate:.3g}" for target, rate in headline.items())
