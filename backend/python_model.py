@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -144,7 +145,9 @@ class TritonPythonModel:
         for request in requests:
             outlet = TritonOutlet(request.get_response_sender())
             try:
-                self._worker.submit(Reply(self._submission(request, arrived_at), outlet))
+                parameters = json.loads(request.parameters() or "{}")
+                submission = self._submission(request, parameters, arrived_at)
+                self._worker.submit(Reply(submission, outlet, arrived_at + _timeout(request, parameters)))
             except Refusal as refusal:
                 self._refuse(outlet, refusal)
             except Exception as error:
@@ -159,10 +162,9 @@ class TritonPythonModel:
         self._metrics.close()
         log.info("unloaded")
 
-    def _submission(self, request: Any, arrived_at: float) -> Any:
+    def _submission(self, request: Any, parameters: Mapping[str, Any], arrived_at: float) -> Any:
         request_id = request.request_id() or f"slos-{next(self._turn)}"
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        parameters = json.loads(request.parameters() or "{}")
         return self._translator.submission(request_id, tensors, parameters, arrived_at)
 
     def _refuse(self, outlet: TritonOutlet, refusal: Refusal) -> None:
@@ -177,6 +179,14 @@ class TritonPythonModel:
         self._responder.close(FLUSH_SECONDS)
         log.critical("leaving, because the engine failed: %s", cause)
         os._exit(EXIT_FAILED)
+
+
+def _timeout(request: Any, parameters: Mapping[str, Any]) -> float:
+    """How long the caller wants to wait, in seconds: KServe's timeout in microseconds, also as a parameter."""
+    given = request.timeout() or parameters.get("timeout", 0)
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given < math.inf:
+        raise Refusal("INVALID_ARGUMENT", f"timeout: must be a number of microseconds >= 0, got {given!r}")
+    return given / 1e6 if given else math.inf
 
 
 def _tensor(name: str, dtype: str, dims: Sequence[int]) -> dict[str, Any]:

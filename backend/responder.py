@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,10 +44,11 @@ class Outlet(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Reply:
-    """What is still to be said to one caller."""
+    """What is still to be said to one caller, who waits until `deadline` (monotonic seconds)."""
 
     submission: Submission
     outlet: Outlet
+    deadline: float = math.inf
     lane: int = 0
     ids: list[int] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
@@ -181,7 +183,9 @@ class Lane(threading.Thread):
             return
         self._poll_at = now + POLL_SECONDS
         for reply in list(self._open):
-            if not reply.is_abandoned and not reply.outlet.is_closed and reply.outlet.is_cancelled():
+            if reply.is_abandoned or reply.outlet.is_closed:
+                continue
+            if now >= reply.deadline or reply.outlet.is_cancelled():
                 self._abandon(reply)
 
     def _abandon(self, reply: Reply) -> None:
