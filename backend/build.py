@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from slos_serve.scheduler import POLICIES, BatchShape, PerfModel, Request, Slo, Stage
 from slos_serve.scheduler.engine import Planner
 
 from .config import EngineConfig
-from .profiling import SHORT_SECONDS, Profile, fit_samples, host_facts, measure, model_facts
-from .tokenizer import Codec, Tokenizer
+from .loading import Loaded, load_engine
+from .profiling import SHORT_SECONDS, Profile, fit_samples, measure
+from .tokenizer import Codec
 from .worker import ServingEngine
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """An engine with its tokenizer, and the facts that its speed depends on."""
-
-    engine: ServingEngine
-    codec: Codec
-    vocab_size: int
-    host: Mapping[str, Any]
-    model: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,42 +43,6 @@ class Built:
         sizes = [min(whole, tokens - start) for start in starts]
         areas = [size * (start + 0.5 * size) for start, size in zip(starts, sizes, strict=True)]
         return math.fsum(self.perf.seconds(BatchShape(n, 0, area)) for n, area in zip(sizes, areas, strict=True))
-
-
-def load_engine(config: EngineConfig, version_dir: Path) -> Loaded:
-    """Load the model into the engine that the settings name. Raises ValueError for what cannot be loaded."""
-    if config.engine != "torch":
-        raise ValueError(f"engine: must be one of torch, got {config.engine!r}")
-    import torch
-
-    from .hf_model import load_model
-    from .torch_engine import TorchEngine
-
-    threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) - 1)
-    torch.set_num_threads(threads)
-    folder = version_dir / config.model
-    draft_folder = version_dir / config.draft_model if config.draft_model and config.max_draft else None
-    target = load_model(folder, dtype=config.dtype, device=config.device, needs_tokenizer=True)
-    draft = None if draft_folder is None else load_model(draft_folder, dtype=config.dtype, device=config.device)
-    codec = Tokenizer(folder)
-    engine = TorchEngine(
-        target,
-        draft,
-        kv_cache_bytes=config.kv_cache_mb * 2**20,
-        block_tokens=config.block_tokens,
-        max_context=config.max_context,
-        max_batch_tokens=config.max_batch_tokens,
-        max_batch_requests=config.max_batch_requests,
-        max_draft=config.max_draft,
-        think_end_id=codec.token_id(config.think_end),
-    )
-    return Loaded(
-        engine,
-        codec,
-        target.vocab_size,
-        host_facts(str(target.device), threads),
-        model_facts(config.engine, folder, draft_folder, config.dtype),
-    )
 
 
 def build_engine(config: EngineConfig, version_dir: Path) -> Built:

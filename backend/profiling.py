@@ -10,11 +10,8 @@ The engine is left without requests. Timings are of the engine alone, without sc
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
-import os
-import platform
 import random
 import statistics
 import time
@@ -251,43 +248,6 @@ def _columns(samples: Sequence[Sample]) -> tuple[list[BatchShape], list[float]]:
     return [sample.shape for sample in samples], [sample.seconds for sample in samples]
 
 
-def host_facts(device: str, num_threads: int) -> dict[str, Any]:
-    """What the speed of an engine depends on, as far as this machine says it."""
-    import torch
-
-    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "gpu": gpu,
-        "device": device,
-        "threads": num_threads,
-        "torch": torch.__version__,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def model_facts(engine: str, folder: Path, draft: Path | None, dtype: str) -> dict[str, Any]:
-    """What the speed of a model depends on: its shape, not its weights."""
-    return {
-        "engine": engine,
-        "model": _fingerprint(folder),
-        "draft_model": None if draft is None else _fingerprint(draft),
-        "dtype": dtype,
-    }
-
-
-def _fingerprint(folder: Path) -> str:
-    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:16]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("version_dir", type=Path, help="the version folder of a model, with engine.json in it")
     parser.add_argument("--seconds", type=float, default=FULL_SECONDS, help="how long to measure (default 60)")
@@ -296,8 +256,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the profile file and print the fit."""
-    from .build import load_engine
     from .config import read_config
+    from .loading import load_engine
 
     if not args.seconds > 0:
         raise ValueError(f"--seconds: must be positive, got {args.seconds}")

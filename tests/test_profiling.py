@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from slos_serve.backend.build import build_engine, load_engine
+from slos_serve.backend.build import build_engine
 from slos_serve.backend.cli import main
 from slos_serve.backend.config import read_config
+from slos_serve.backend.loading import load_engine
 from slos_serve.backend.profiling import Profile, fit_samples, measure
 
 
