@@ -28,6 +28,7 @@ from slos_serve.scheduler import (
     StepReport,
     attained,
 )
+from slos_serve.scheduler.attainment import TOLERANCE
 from slos_serve.scheduler.core import RequestId
 from slos_serve.scheduler.simulator import Outcome, SimulatedEngine, simulate
 
@@ -70,13 +71,18 @@ def _qoserve(capabilities: Capabilities, perf: PerfModel, parameters: Parameters
     return Scheduler(capabilities, perf, compose=EarliestDue(parameters["alpha"], parameters["cap"]))
 
 
-# The middle of each sweep comes first: the better the first, the sooner the others are ruled out.
+# What is best most often comes first: the better the first, the sooner the others are ruled out.
 EXAMINED: Final[Mapping[str, Policy]] = {
     "slos_serve": Policy(_ours, ({},)),
-    "sarathi": Policy(_sarathi, tuple({"budget": budget} for budget in (512, 1024, 256, 2048, 128, 4096))),
+    "sarathi": Policy(_sarathi, tuple({"budget": budget} for budget in (1024, 512, 256, 2048, 128, 4096))),
     "vllm": Policy(_vllm, tuple({"budget": budget} for budget in (4096, 2048, 8192))),
     "qoserve": Policy(
-        _qoserve, tuple({"alpha": alpha, "cap": cap} for cap in (0.1, 0.06, 0.2) for alpha in (1.0, 0.0, 4.0))
+        _qoserve,
+        tuple(
+            {"alpha": alpha, "cap": cap}
+            for cap in (0.04, 0.06, 0.03, 0.1, 0.2)
+            for alpha in (4.0, 16.0, 1.0, 64.0, 0.0)
+        ),
     ),
 }
 
@@ -95,9 +101,9 @@ class TimedPlanner:
         return self._planner.cancel(request_id)
 
     def plan(self, now: float) -> Plan:
-        started = time.perf_counter()
+        started = time.thread_time()
         plan = self._planner.plan(now)
-        self.seconds.append(time.perf_counter() - started)
+        self.seconds.append(time.thread_time() - started)
         return plan
 
     def report(self, report: StepReport) -> None:
@@ -113,6 +119,7 @@ class Score:
 
     `token_weighted` counts each session by its prompt and output tokens; `by_length` gives the strict share
     of each quartile of that size, shortest first; `p99_gap` is the P99 time between tokens in seconds.
+    A run that was given up is not `complete`: its attainment is an upper bound and the rest is not known.
     """
 
     rate: float
@@ -120,11 +127,12 @@ class Score:
     seconds: float
     dropped: int
     attainment: Mapping[Rule, float]
-    token_weighted: float
-    by_length: tuple[float, ...]
-    p99_gap: float
-    preemptions: int
-    planner_ms: Mapping[str, float] = field(compare=False)
+    complete: bool = True
+    token_weighted: float = 0.0
+    by_length: tuple[float, ...] = ()
+    p99_gap: float = 0.0
+    preemptions: int = 0
+    planner_ms: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +146,41 @@ class Fleet:
     seed: int = 0
 
 
-def play(fleet: Fleet, firsts: Sequence[Turn]) -> tuple[dict[RequestId, Outcome], list[float]]:
-    """Every session to its end. Returns what became of each request, and the seconds of every plan."""
-    outcomes: dict[RequestId, Outcome] = {}
-    seconds: list[float] = []
+class GaveUp(Exception):
+    """More first tokens are late than any target allows."""
+
+
+class LateFirstTokens:
+    """Counts sessions whose first token is late, a miss under every rule; ends the run beyond `allowed`."""
+
+    def __init__(self, firsts: Sequence[Turn], outcomes: Mapping[RequestId, Outcome], allowed: float) -> None:
+        dues = ((t.request.arrived_at + t.stages[0].slo.ttft, t.request.id) for t in firsts if t.stages[0].slo)
+        self._dues = sorted(dues, reverse=True)
+        self._outcomes = outcomes
+        self._allowed = allowed
+        self.missed = 0
+
+    def __call__(self, plan: Plan, report: StepReport) -> None:
+        while self._dues and self._dues[-1][0] + TOLERANCE < report.started_at:
+            due, name = self._dues.pop()
+            times = self._outcomes[name].token_times
+            self.missed += not times or times[0] > due + TOLERANCE
+        if self.missed > self._allowed:
+            raise GaveUp
+
+
+@dataclass(slots=True)
+class Played:
+    """What became of each request; the CPU seconds of every plan; late first tokens where the run was given up."""
+
+    outcomes: dict[RequestId, Outcome] = field(default_factory=dict)
+    planning: list[float] = field(default_factory=list)
+    late: int | None = None
+
+
+def play(fleet: Fleet, firsts: Sequence[Turn], target: float = 0.0) -> Played:
+    """Every session to its end, or until so many first tokens are late that no `target` share can attain."""
+    played, missed = Played(), 0
     for index in range(fleet.replicas):
         share = firsts[index :: fleet.replicas]
         planner = TimedPlanner(fleet.make(fleet.profile.capabilities, fleet.profile.perf))
@@ -149,9 +188,23 @@ def play(fleet: Fleet, firsts: Sequence[Turn]) -> tuple[dict[RequestId, Outcome]
         engine = SimulatedEngine(fleet.profile.capabilities, fleet.profile.perf, rng, fleet.noise)
         lengths = {turn.request.id: turn.output_tokens for turn in share}
         requests = [turn.request for turn in share]
-        outcomes |= simulate(requests, lengths, planner, engine, follow_up=_follower(share))
-        seconds += planner.seconds
-    return outcomes, seconds
+        watch = LateFirstTokens(share, played.outcomes, (1.0 - target) * len(firsts) - missed + 1e-6)
+        try:
+            simulate(
+                requests,
+                lengths,
+                planner,
+                engine,
+                on_step=watch if target else None,
+                follow_up=_follower(share),
+                outcomes=played.outcomes,
+            )
+        except GaveUp:
+            played.late = missed + watch.missed
+            return played
+        missed += watch.missed
+        played.planning += planner.seconds
+    return played
 
 
 def _follower(share: Sequence[Turn]) -> Callable[[RequestId, float], tuple[Request, int] | None]:
@@ -185,12 +238,17 @@ def kept(rule: Callable[..., bool], turn: Turn, outcome: Outcome | None) -> bool
     return rule(turn.stages, tokens, outcome.request.arrived_at, outcome.token_times)
 
 
-def score(
-    firsts: Sequence[Turn], outcomes: Mapping[RequestId, Outcome], planning: Sequence[float], **about: Any
-) -> Score:
-    """Judge a run: a session attains when all of its requests do. Raises ValueError without sessions."""
+def score(firsts: Sequence[Turn], played: Played, **about: Any) -> Score:
+    """Judge a run: a session attains when all of its requests do. Raises ValueError without sessions.
+
+    Of a run that was given up only an upper bound of the attainment is known.
+    """
     if not firsts:
         raise ValueError("no session fits the KV memory of this profile: nothing to judge")
+    if played.late is not None:
+        bound = dict.fromkeys(RULES, 1.0 - played.late / len(firsts))
+        return Score(sessions=len(firsts), attainment=bound, complete=False, **about)
+    outcomes, planning = played.outcomes, played.planning
     kept_by: dict[Rule, np.ndarray[Any, Any]] = {
         name: np.array([all(kept(rule, t, outcomes.get(t.request.id)) for t in rounds(turn)) for turn in firsts])
         for name, rule in RULES.items()

@@ -1,9 +1,10 @@
 """What one cell of the exam is: who asks for what and when, on which hardware, under which SLOs.
 
 A cell's requests depend on its `Load`, its profile, the rate and nothing else, so every policy meets the
-same trace. Rates vary by drawing anew from the same seed (Poisson, bursts) or by thinning and superposing
-a recorded trace; time is never rescaled. Output lengths are hidden from the planner: all it is told is a
-limit no output reaches. The tokens of a thinking stage are told, but only the moment it ends is used.
+same trace. Rates vary by thinning and superposing, recorded traces and drawn ones alike; time is never
+rescaled. Output lengths are hidden from the planner: all it is told is a limit no output reaches. The
+tokens of a thinking stage are told, but only the moment it ends is used. No prefix is reused: every round
+of a session computes its whole prompt.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -22,11 +23,14 @@ import numpy as np
 from slos_serve.scheduler import BatchShape, Capabilities, PerfModel, Piece, Request, Slo, Stage
 
 from . import traces
-from .trace_file import _rows, read_trace
-from .workload import WORKLOADS, Arrival, Rng, Times, onoff_bursts, poisson, replay, representative
+from .trace_file import read_trace, rows
+from .workload import WORKLOADS, Arrival, Rng, Times, onoff_bursts, poisson, representative
 
 BLOCK_TOKENS: Final = 16
 OUTPUT_LIMIT: Final = 32768  # what every request asks for at most; the longest shipped output is shorter
+BURST_FACTOR: Final = 5.0
+BURST_SHARE: Final = 0.15  # of the time
+MIN_BURSTS: Final = 5  # in every run
 
 
 # Hardware
@@ -172,7 +176,7 @@ def check_targets(targets: Mapping[str, Target], profile: Profile) -> None:
 class Load:
     """Who asks and when: a workload's name with arrivals' name, or a `trace` file, whose arrivals are its own.
 
-    At least `min_requests` sessions and ten mean lifetimes are drawn; a burst period is in seconds.
+    At least `min_requests` sessions, ten mean lifetimes and `MIN_BURSTS` bursts; a burst period is in seconds.
     """
 
     workload: str
@@ -183,19 +187,17 @@ class Load:
 
 
 def _bursts(rng: Rng, rate: float, seconds: float, load: Load) -> Times:
-    return onoff_bursts(rng, rate, seconds, period=load.burst_period)
+    """During a burst requests come `BURST_FACTOR` times as fast as between bursts; `rate` is the mean."""
+    over_mean = BURST_FACTOR / (1 + (BURST_FACTOR - 1) * BURST_SHARE)
+    return onoff_bursts(rng, rate, seconds, over_mean, BURST_SHARE, load.burst_period)
 
 
-def _recorded(name: str) -> Callable[[Rng, float, float, Load], Times]:
-    return lambda rng, rate, seconds, load: replay(rng, traces.arrival_times(name), rate, seconds)
-
-
-ARRIVALS: Final[Mapping[str, Callable[[Rng, float, float, Load], Times]]] = {
+PROCESSES: Final[Mapping[str, Callable[[Rng, float, float, Load], Times]]] = {
     "poisson": lambda rng, rate, seconds, load: poisson(rng, rate, seconds),
     "bursts": _bursts,
-    "azure_code": _recorded("azure_code"),
-    "azure_chat": _recorded("azure_chat"),
 }
+RECORDED: Final = ("azure_code", "azure_chat")
+ARRIVALS: Final = (*PROCESSES, *RECORDED)
 
 
 @cache
@@ -203,16 +205,49 @@ def _trace(path: Path) -> tuple[Arrival, ...]:
     return tuple(read_trace(path))
 
 
-def draw(load: Load, rate: float, lifetime: float, seed: int) -> tuple[list[Arrival], float]:
-    """The arrivals at `rate` sessions per second and the seconds they span. The same for equal arguments."""
-    rng = np.random.default_rng(seed)
+def horizon(load: Load, lifetime: float, rate: float) -> float:
+    """Seconds of arrivals to draw where sessions last `lifetime` seconds and about `rate` come per second."""
     seconds = max(10.0 * lifetime, load.min_requests / rate)
-    if load.trace is not None:
-        return resampled(rng, _trace(load.trace), rate, seconds), seconds
     if load.arrivals == "bursts":
-        seconds = math.ceil(seconds / load.burst_period) * load.burst_period
-    times = representative(rng, lambda rng: ARRIVALS[load.arrivals](rng, rate, seconds, load), rate * seconds)
-    return WORKLOADS[load.workload](rng, times), seconds
+        seconds = max(math.ceil(seconds / load.burst_period), MIN_BURSTS) * load.burst_period
+    return seconds
+
+
+@lru_cache(maxsize=8)
+def _layer(load: Load, top: float, seconds: float, seed: int, layer: int) -> list[list[Arrival]]:
+    """Sessions at `top` per second, in random order: any first part of them is the same process, thinned."""
+    rng = np.random.default_rng([seed, layer])
+    times = representative(rng, lambda rng: PROCESSES[load.arrivals](rng, top, seconds, load), top * seconds)
+    sessions = by_session(WORKLOADS[load.workload](rng, times))
+    return [sessions[i] for i in rng.permutation(len(sessions)).tolist()]
+
+
+def by_session(arrivals: Sequence[Arrival]) -> list[list[Arrival]]:
+    """The rounds of each session together, sessions in order of arrival."""
+    sessions: dict[str, list[Arrival]] = {}
+    for index, arrival in enumerate(arrivals):
+        sessions.setdefault(arrival.session or f"alone-{index}", []).append(arrival)
+    return list(sessions.values())
+
+
+def draw(load: Load, rate: float, top: float, seconds: float, seed: int) -> list[Arrival]:
+    """The arrivals at `rate` sessions per second: `top` per second thinned, or superposed where that is not enough.
+
+    Equal for equal arguments, and nested: a higher rate has all sessions of a lower one, and more.
+    """
+    if load.trace is not None:
+        return resampled(np.random.default_rng(seed), _trace(load.trace), rate, seconds)
+    if load.arrivals in RECORDED:
+        recorded = WORKLOADS[load.workload](np.random.default_rng(seed), traces.arrival_times(load.arrivals))
+        return resampled(np.random.default_rng(seed), recorded, rate, seconds)
+    whole, rest = divmod(rate / top, 1.0)
+    drawn: list[Arrival] = []
+    for layer in range(int(whole) + 1):
+        sessions = _layer(load, top, seconds, seed, layer)
+        kept = len(sessions) if layer < int(whole) else round(rest * len(sessions))
+        for rounds in sessions[:kept]:
+            drawn += [replace(each, session=each.session and f"{layer}-{each.session}") for each in rounds]
+    return sorted(drawn, key=lambda arrival: (arrival.at, arrival.session or "", arrival.round))
 
 
 def resampled(rng: Rng, arrivals: Sequence[Arrival], rate: float, seconds: float) -> list[Arrival]:
@@ -220,18 +255,15 @@ def resampled(rng: Rng, arrivals: Sequence[Arrival], rate: float, seconds: float
 
     A session's rounds stay together. A trace shorter than `seconds` is repeated.
     """
-    sessions: dict[str, list[Arrival]] = {}
-    for index, arrival in enumerate(arrivals):
-        sessions.setdefault(arrival.session or f"row-{index}", []).append(arrival)
-    starts = np.array([rounds[0].at for rounds in sessions.values()])
-    groups = list(sessions.values())
+    groups = by_session(arrivals)
+    starts = np.array([rounds[0].at for rounds in groups])
     if len(groups) < 2 or starts[-1] <= starts[0]:
         raise ValueError(f"a trace needs two sessions at different times, got {len(groups)}")
     span = float(starts[-1] - starts[0]) * len(groups) / (len(groups) - 1)
     copies, rest = divmod(rate * span / len(groups), 1.0)
     drawn: list[Arrival] = []
     for copy in range(int(copies) + 1):
-        keep = np.ones(len(groups), np.bool_) if copy < int(copies) else rng.random(len(groups)) < rest
+        keep = rng.random(len(groups)) < (1.0 if copy < int(copies) else rest)
         shift = rng.uniform(0.0, span)
         for lap in range(math.ceil(seconds / span)):
             times = (starts - starts[0] - shift) % span + lap * span
@@ -266,10 +298,8 @@ def turns(
 
     Left out are those with a round that alone exceeds the KV memory. Raises ValueError for an unknown class.
     """
-    sessions: dict[str, list[Arrival]] = {}
-    for index, arrival in enumerate(arrivals):
-        sessions.setdefault(arrival.session or f"alone-{index}", []).append(arrival)
-    fitting = [rounds for rounds in sessions.values() if all(_fits(each, profile) for each in rounds)]
+    sessions = by_session(arrivals)
+    fitting = [rounds for rounds in sessions if all(_fits(each, profile) for each in rounds)]
     firsts = [_linked(rounds, unit, profile, targets, floor) for unit, rounds in enumerate(fitting)]
     return firsts, len(sessions) - len(fitting)
 
@@ -280,7 +310,7 @@ def _fits(arrival: Arrival, profile: Profile) -> bool:
 
 def check_trace(path: Path, profile: Profile, targets: Mapping[str, Target]) -> None:
     """Raises ValueError naming file, line and field of the first row that this cell can never serve."""
-    for (line, _), arrival in zip(_rows(path), _trace(path), strict=True):
+    for (line, _), arrival in zip(rows(path), _trace(path), strict=True):
         if arrival.slo_class not in targets:
             names = ", ".join(sorted(targets))
             raise ValueError(f"{path}, line {line}: slo_class: unknown class {arrival.slo_class!r}; known: {names}")

@@ -2,8 +2,8 @@
 
 One cell is a workload under arrivals on a profile with a policy and replicas, from a seed; lists make a
 matrix. Results are equal for equal arguments on any machine with the same numpy, except for the planner's
-real time. Results are written as one JSON file, whole or not at all, after each cell; with `--resume` cells
-that are already in it are not played again.
+real time. Results are written as one JSON file, whole or not at all, after each cell; with `--resume` or `--all`
+cells that are already in it are not played again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -31,7 +30,6 @@ from slos_serve.scheduler import Capabilities, PerfModel, Planner
 from .capacity import EXAMINED, RULES, Fleet, Parameters, Policy, Rule, Score, Search, play, rate_at, score
 from .cells import (
     ARRIVALS,
-    TARGETS,
     Load,
     Profile,
     Target,
@@ -40,6 +38,7 @@ from .cells import (
     check_trace,
     cost,
     draw,
+    horizon,
     known,
     lifetime,
     load_profile,
@@ -51,6 +50,7 @@ from .workload import WORKLOADS
 
 HEADLINE: Final[Rule] = "strict"
 SAMPLE: Final = 500  # sessions that tell a workload's mean lifetime and cost
+MODEST: Final = 0.2  # share of it at which the least number of sessions comes within the horizon
 FIRST_GUESS: Final = 0.4  # share of the GPU's raw token rate where the search starts
 
 
@@ -111,20 +111,21 @@ class Scene:
 
     def firsts(self, rate: float) -> tuple[list[Turn], float, int]:
         """The sessions at a rate, the seconds they span, and how many did not fit the KV memory."""
-        arrivals, seconds = draw(self.cell.load, rate, self.lifetime, self.cell.seed)
-        return *self._turns(arrivals, seconds),
+        top = self.cell.replicas / self.cost
+        seconds = horizon(self.cell.load, self.lifetime, self.cell.rate or MODEST * top)
+        arrivals = draw(self.cell.load, rate, top, seconds, self.cell.seed)
+        return (*self._turns(arrivals, seconds),)
 
     def _turns(self, arrivals: Sequence[Any], seconds: float) -> tuple[list[Turn], float, int]:
         firsts, dropped = turns(arrivals, self.profile, self.targets, self.cell.ttft_floor_ms / 1000)
         return firsts, seconds, dropped
 
-    def evaluate(self, parameters: Parameters, rate: float) -> Score:
-        """Play the cell's sessions at `rate` under its policy with `parameters`."""
+    def evaluate(self, parameters: Parameters, rate: float, target: float = 0.0) -> Score:
+        """Play the cell's sessions at `rate`; given up once fewer than the `target` share can attain."""
         firsts, seconds, dropped = self.firsts(rate)
         make = partial(_planner, EXAMINED[self.cell.policy], parameters)
         fleet = Fleet(self.profile, make, self.cell.replicas, self.cell.noise, self.cell.seed)
-        outcomes, planning = play(fleet, firsts)
-        return score(firsts, outcomes, planning, rate=rate, seconds=seconds, dropped=dropped)
+        return score(firsts, play(fleet, firsts, target), rate=rate, seconds=seconds, dropped=dropped)
 
 
 def _planner(policy: Policy, parameters: Parameters, capabilities: Capabilities, perf: PerfModel) -> Planner:
@@ -148,7 +149,7 @@ def scene(cell: Cell) -> Scene:
 @cache
 def _typical(load: Load, profile_name: str, slos: tuple[str, ...], ttft_floor_ms: float) -> tuple[float, float]:
     profile = load_profile(profile_name)
-    arrivals, _ = draw(Load(load.workload, "poisson", load.trace, SAMPLE), 1.0, 0.0, 0)
+    arrivals = draw(Load(load.workload, "poisson", load.trace), 1.0, 1.0, SAMPLE, 0)
     firsts, _ = turns(arrivals, profile, parse_targets(slos), ttft_floor_ms / 1000)
     if not firsts:
         raise ValueError(f"no session of {load.workload} fits the KV memory of {profile.name}")
@@ -176,7 +177,7 @@ def _capacities(ready: Scene) -> dict[str, Any]:
     cell = ready.cell
     start = round(24 * float(np.log2(max(FIRST_GUESS * cell.replicas / ready.cost, 1e-3))))
     sweep = EXAMINED[cell.policy].sweep
-    search = Search(sweep, lambda parameters, step: ready.evaluate(parameters, rate_at(step)), start)
+    search = Search(sweep, lambda parameters, step: ready.evaluate(parameters, rate_at(step), min(cell.targets)), start)
     capacities: dict[str, dict[str, float]] = {}
     chosen: dict[str, dict[str, Parameters | None]] = {}
     headline: tuple[int, int] | None = None
@@ -210,7 +211,12 @@ def _shown(result: Score) -> dict[str, Any]:
 
 def _curve(played: Iterable[tuple[Parameters, Score]]) -> list[dict[str, Any]]:
     return [
-        {"parameters": dict(parameters), "rate": result.rate, "attainment": dict(result.attainment)}
+        {
+            "parameters": dict(parameters),
+            "rate": result.rate,
+            "attainment": dict(result.attainment),
+            "complete": result.complete,
+        }
         for parameters, result in played
     ]
 
@@ -236,14 +242,12 @@ def results(cells: Sequence[Cell], jobs: int) -> Iterator[dict[str, Any]]:
 def write_json(path: Path, cells: Sequence[Mapping[str, Any]]) -> None:
     """Replace the file as a whole."""
     text = json.dumps({"cells": list(cells)}, indent=1) + "\n"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w") as stream:
-            stream.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        beside.write_text(text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _earlier(path: Path | None, cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -289,8 +293,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", default="0", help="a list")
     parser.add_argument("--ttft-floor-ms", default="0", help="no TTFT SLO below this, a list; 0: the pure rule")
     parser.add_argument("--rate", help="sessions per second for all replicas, a list; without: search the capacity")
-    parser.add_argument("--target", default="0.9", help="shares of sessions that must attain, a list; first: headline")
-    parser.add_argument("--rule", default=HEADLINE, help=f"scoring rules for the capacity, a list of {','.join(RULES)}")
+    parser.add_argument(
+        "--target", default="0.9,0.95,0.99", help="shares of sessions that must attain, a list; first: headline"
+    )
+    parser.add_argument(
+        "--rule", default=",".join(RULES), help=f"scoring rules for the capacity, a list of {','.join(RULES)}"
+    )
     parser.add_argument("--noise", type=float, default=0.05, help="relative sd of the iteration times")
     parser.add_argument("--requests", type=int, default=600, help="at least so many sessions per run")
     parser.add_argument("--burst-period", type=float, default=60.0, help="seconds from one burst to the next")
@@ -315,19 +323,31 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
     if args.requests < 10:
         raise ValueError(f"--requests: must be at least 10, got {args.requests}")
     rules = tuple(rule for rule in RULES if rule in _known_rules(args.rule))
-    rates = [None] if args.rate is None else _numbers("rate", args.rate, 1e-6, 1e6)
+    rates: Sequence[float | None] = [None] if args.rate is None else _numbers("rate", args.rate, 1e-6, 1e6)
     combinations = itertools.product(
-        *chosen.values(),
-        [int(n) for n in _numbers("replicas", args.replicas, 1, 1024, whole=True)],
-        [int(n) for n in _numbers("seed", args.seed, 0, 2**31, whole=True)],
+        chosen["workload"],
+        chosen["arrivals"],
+        chosen["profile"],
+        chosen["policy"],
+        _numbers("replicas", args.replicas, 1, 1024, whole=True),
+        _numbers("seed", args.seed, 0, 2**31, whole=True),
         _numbers("ttft-floor-ms", args.ttft_floor_ms, 0, 1e6),
-        _numbers("noise", str(args.noise), 0, 1),
         rates,
     )
-    targets = tuple(_numbers("target", args.target, 0.01, 1.0))
-    period = _numbers("burst-period", str(args.burst_period), 1, 1e6)[0]
-    more = (targets, rules, tuple(args.slo), args.trace, args.requests, period)
-    cells = [Cell(*combination, *more) for combination in combinations]
+    make = partial(
+        Cell,
+        noise=_numbers("noise", str(args.noise), 0, 1)[0],
+        targets=tuple(_numbers("target", args.target, 0.01, 1.0)),
+        rules=rules,
+        slos=tuple(args.slo),
+        trace=args.trace,
+        min_requests=args.requests,
+        burst_period=_numbers("burst-period", str(args.burst_period), 1, 1e6)[0],
+    )
+    cells = [
+        make(workload, arrivals, profile, policy, int(replicas), int(seed), ttft_floor_ms=floor, rate=rate)
+        for workload, arrivals, profile, policy, replicas, seed, floor, rate in combinations
+    ]
     for cell in cells:
         scene(cell)
     return cells
@@ -361,7 +381,7 @@ def run(args: argparse.Namespace) -> int:
     cells = cells_of(args)
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"--json: no such folder: {args.json.parent}")
-    done = _earlier(args.json, cells) if args.resume else []
+    done = _earlier(args.json, cells) if args.resume or args.all else []
     have = [{name: result[name] for name in cells[0].about()} for result in done]
     left = [cell for cell in cells if cell.about() not in have]
     started = time.monotonic()

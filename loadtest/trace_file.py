@@ -34,7 +34,7 @@ def read_trace(path: Path, default_class: str = "chatbot", *, allow_ties: bool =
     """
     arrivals: list[Arrival] = []
     rounds: dict[str, int] = {}
-    for line, row in _rows(path):
+    for line, row in rows(path):
         arrival = _Row(path, line, row).arrival(default_class)
         _check_order(path, line, arrivals, arrival, allow_ties)
         _check_round(path, line, rounds, arrival)
@@ -44,7 +44,7 @@ def read_trace(path: Path, default_class: str = "chatbot", *, allow_ties: bool =
     return arrivals
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, str | None]]]:
+def rows(path: Path) -> Iterator[tuple[int, Mapping[str, str | None]]]:
     with path.open("rb") as raw:
         opened = gzip.open if raw.read(2) == _GZIP_MAGIC else open
     try:

@@ -545,6 +545,11 @@ def compose(
         perf, limits, load, batch, evicted, counts,
     )  # fmt: skip
 
+    if decodes_wait and load[MEMBERS] == 0:
+        # The urgent prompt found no memory after all: the decodes it would have displaced run.
+        make_room_for_decodes(whole, decodes, accepted, spare[:num_spare], in_batch, limits, evicted, counts)
+        place_promised(whole, decodes, chosen, in_batch, limits, load)
+
     steps = 0
     members = chosen[: int(load[DECODES])]
     if limits[MAX_DRAFT] > 0 and members.size > 0 and counts[ROWS] == 0 and not left_over:

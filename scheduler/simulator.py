@@ -6,6 +6,7 @@ The same seed gives the same result to the last bit on any machine with the same
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -204,22 +205,27 @@ def simulate(
     until: float = math.inf,
     acceptance: float = 0.0,
     on_step: Callable[[Plan, StepReport], None] | None = None,
+    follow_up: Callable[[RequestId, float], tuple[Request, int] | None] | None = None,
+    outcomes: dict[RequestId, Outcome] | None = None,
 ) -> dict[RequestId, Outcome]:
     """Play `requests` until all have ended or virtual second `until` has passed.
 
     `output_tokens` tells how many tokens each will produce, which the planner never sees; `acceptance` is
-    the share of right guesses. Returns an outcome for every request that arrived. Raises RuntimeError when
-    requests are live and the planner runs nothing.
+    the share of right guesses. `follow_up` is called with each request that ends and when, and may return
+    the next round of its session, to arrive then or later, and its output tokens. Returns an outcome for
+    every request that arrived, in `outcomes` where given, which is filled as time goes on. Raises
+    RuntimeError when requests are live and the planner runs nothing.
     """
-    pending = sorted(requests, key=lambda request: request.arrived_at)
-    outcomes: dict[RequestId, Outcome] = {}
-    now, index, live = 0.0, 0, 0
-    while now < until and (index < len(pending) or live):
-        while index < len(pending) and pending[index].arrived_at <= now:
-            request = pending[index]
-            index += 1
+    # By arrival, and in the order given where times are equal.
+    pending = [(each.arrived_at, index, each, output_tokens[each.id]) for index, each in enumerate(requests)]
+    heapq.heapify(pending)
+    outcomes = {} if outcomes is None else outcomes
+    now, live = 0.0, 0
+    while now < until and (pending or live):
+        while pending and pending[0][0] <= now:
+            *_, request, tokens = heapq.heappop(pending)
             outcomes[request.id] = Outcome(request)
-            engine.add(request, output_tokens[request.id], acceptance)
+            engine.add(request, tokens, acceptance)
             planner.add(request, now)
             live += 1
         plan = planner.plan(now)
@@ -229,21 +235,25 @@ def simulate(
         for request_id in plan.evicted:
             outcomes[request_id].preemptions += 1
         if not plan.chunks:
-            if index >= len(pending):
+            if not pending:
                 raise RuntimeError(f"{live} requests are live and nothing runs at {now}: {planner!r}")
-            now = max(now, pending[index].arrived_at)
+            now = max(now, pending[0][0])
             continue
         report = engine.step(plan, now)
         planner.report(report)
         if on_step is not None:
             on_step(plan, report)
         now = report.finished_at
-        live -= _record(outcomes, report)
+        for request_id in _record(outcomes, report):
+            live -= 1
+            following = follow_up(request_id, now) if follow_up is not None else None
+            if following is not None:
+                heapq.heappush(pending, (following[0].arrived_at, len(outcomes) + len(pending), *following))
     return outcomes
 
 
-def _record(outcomes: dict[RequestId, Outcome], report: StepReport) -> int:
-    """Note the token times of a step; returns how many requests ended."""
+def _record(outcomes: dict[RequestId, Outcome], report: StepReport) -> list[RequestId]:
+    """Note the token times of a step; returns the requests that ended."""
     advances = report.advances
     assert isinstance(advances, Advances)
     at = report.finished_at
@@ -252,4 +262,4 @@ def _record(outcomes: dict[RequestId, Outcome], report: StepReport) -> int:
             outcomes[name].token_times.append(at)
         elif new:
             outcomes[name].token_times.extend([at] * new)
-    return int(advances.numbers[:, 4].sum())
+    return [advances.ids[i] for i in np.flatnonzero(advances.numbers[:, 4]).tolist()]
