@@ -29,6 +29,7 @@ SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
     "demo": Subcommand("slos_serve.loadtest.demo", "start a server, play a minute of mixed traffic, show the result"),
     "profile": Subcommand("slos_serve.backend.profiling", "measure this machine and fit the time model"),
     "train": Subcommand("slos_serve.backend.train", "train the small demonstration models"),
+    "admit": Subcommand("slos_serve.backend.admit_file", "admission decisions for planning problems in a file"),
     "exam": Subcommand("slos_serve.loadtest.exam", "capacity of each policy within its SLOs, in virtual time"),
     "pack-traces": Subcommand("slos_serve.loadtest.traces", "rebuild the compact trace data from the public files"),
     "bench-engine": Subcommand("slos_serve.backend.bench_engine", "measure the engine's tokens per second"),

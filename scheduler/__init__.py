@@ -19,6 +19,7 @@ from .core import (
     StepReport,
 )
 from .engine import Engine, Planner, Replica
+from .exact import AdmissionProblem, AdmissionResult, Speculation, admit_exact
 from .perf import BatchShape, Correction, FitQuality, PerfModel, Piece, fit, quality
 from .scheduler import PlannerConfig, Scheduler
 
@@ -33,6 +34,8 @@ POLICIES: Final[Mapping[str, Callable[[Capabilities, PerfModel], Planner]]] = {
 
 __all__ = [
     "POLICIES",
+    "AdmissionProblem",
+    "AdmissionResult",
     "Advance",
     "BatchShape",
     "Capabilities",
@@ -54,8 +57,10 @@ __all__ = [
     "Scheduler",
     "Slo",
     "Snapshot",
+    "Speculation",
     "Stage",
     "StepReport",
+    "admit_exact",
     "attained",
     "due_times",
     "fit",
