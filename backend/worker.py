@@ -227,7 +227,8 @@ class Worker:
         for decision in plan.decisions:
             self._jobs[decision.request_id].ledger.decide(decision)
         if not plan.chunks and not plan.evicted:
-            self._idle_until = plan.wake_at if self._jobs else math.inf
+            # With requests in flight, ask again soon whatever the plan says: nobody may wait for ever.
+            self._idle_until = min(plan.wake_at, planned + BEAT_SECONDS) if self._jobs else math.inf
             return
         for request_id in plan.evicted:
             self._jobs[request_id].ledger.preemptions += 1

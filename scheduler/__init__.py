@@ -18,7 +18,7 @@ from .core import (
     Stage,
     StepReport,
 )
-from .engine import Engine, Planner, Replica
+from .engine import Engine, Planner
 from .exact import AdmissionProblem, AdmissionResult, Speculation, admit_exact
 from .perf import BatchShape, Correction, FitQuality, PerfModel, Piece, fit, quality
 from .scheduler import PlannerConfig, Scheduler
@@ -52,7 +52,6 @@ __all__ = [
     "Planner",
     "PlannerConfig",
     "PrefillFirst",
-    "Replica",
     "Request",
     "Scheduler",
     "Slo",

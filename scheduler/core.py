@@ -38,10 +38,6 @@ class Slo:
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"slo {name} must be a positive number of seconds, got {value!r}")
 
-    def due(self, start: float, k: int) -> float:
-        """The absolute time in seconds by which output token `k` (1, 2, ...) must be out."""
-        return start + self.ttft + (k - 1) * self.tpot
-
 
 @dataclass(frozen=True, slots=True)
 class Stage:

@@ -1,16 +1,15 @@
-"""The consumer's view of an engine, and the loop body that joins it to a scheduler.
+"""The consumer's view of a policy and of an engine, which meet in three calls.
 
     plan = scheduler.plan(now)        decide
     report = engine.step(plan)        compute
     scheduler.report(report)          learn
 
-`Replica.step` is exactly that, so the simulator and the real server run the same three calls. An engine
-that owns its loop (TensorRT-LLM's PyExecutor, vLLM) calls the scheduler itself and needs no Replica.
+The worker of the server and the simulator run exactly these three calls. An engine that owns its loop
+(TensorRT-LLM's PyExecutor, vLLM) makes them itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from .core import Capabilities, Plan, Request, RequestId, Snapshot, StepReport
@@ -38,26 +37,3 @@ class Engine(Protocol):
     def capabilities(self) -> Capabilities: ...
     def step(self, plan: Plan, now: float) -> StepReport: ...
     def release(self, request_id: RequestId) -> None: ...
-
-
-@dataclass(slots=True)
-class Replica:
-    """One scheduler and one engine."""
-
-    scheduler: Planner
-    engine: Engine
-
-    def step(self, now: float) -> tuple[Plan, StepReport | None]:
-        """Plan and run one batch; the report is None when nothing could run."""
-        plan = self.scheduler.plan(now)
-        if not plan.chunks and not plan.evicted:
-            return plan, None
-        report = self.engine.step(plan, now)
-        self.scheduler.report(report)
-        return plan, report
-
-    def cancel(self, request_id: RequestId) -> bool:
-        """Forget a request on both sides; False when it was not there (already done)."""
-        known = self.scheduler.cancel(request_id)
-        self.engine.release(request_id)
-        return known

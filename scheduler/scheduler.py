@@ -150,7 +150,6 @@ class Scheduler:
         slot = self._table.insert(request)
         real, whole = self._table.real, self._table.whole
         first = request.stages[0]
-        real[table.ARRIVED, slot] = request.arrived_at
         real[table.DUE, slot] = request.arrived_at + first.slo.ttft if first.slo else math.inf
         real[table.TPOT, slot] = first.slo.tpot if first.slo else math.inf
         real[table.WEIGHT, slot] = request.weight

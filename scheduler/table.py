@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from .core import Request, RequestId
 
 # Columns of `real`.
-ARRIVED: Final = 0
-DUE: Final = 1  # when the next output token is due; infinite without a promise
-TPOT: Final = 2  # seconds per token of the current stage; infinite without a promise
-WEIGHT: Final = 3
-LENGTH: Final = 4  # expected tokens at the end, prompt included
-SERVED: Final = 5  # when it last made progress (its arrival before that)
-ACCEPT: Final = 6  # share of its guesses that are accepted
-REALS: Final = 7
+DUE: Final = 0  # when the next output token is due; infinite without a promise
+TPOT: Final = 1  # seconds per token of the current stage; infinite without a promise
+WEIGHT: Final = 2
+LENGTH: Final = 3  # expected tokens at the end, prompt included
+SERVED: Final = 4  # when it last made progress (its arrival before that)
+ACCEPT: Final = 5  # share of its guesses that are accepted
+REALS: Final = 6
 
 # Columns of `whole`.
 KNOWN: Final = 0  # tokens whose ids are known: prompt and output

@@ -15,12 +15,15 @@ from slos_serve.scheduler import (
     Capabilities,
     PerfModel,
     Piece,
+    Plan,
     PlannerConfig,
     Request,
     Scheduler,
     Slo,
     Stage,
     StepReport,
+    due_times,
+    table,
 )
 from slos_serve.scheduler.simulator import SimulatedEngine, simulate
 
@@ -118,15 +121,20 @@ def test_memory_is_never_exceeded_and_preemption_keeps_tokens() -> None:
     assert scheduler.free_blocks == caps.num_blocks
 
 
-def test_explicit_stages_change_the_pace() -> None:
-    """A thinking stage at 20 ms and an answer at 100 ms: due times follow the stage of each token."""
-    slow = PerfModel((Piece(0.05, 1e-6),))
-    stages = (Stage(5, Slo(1.0, 0.02)), Stage(5, Slo(1.0, 0.1)))
-    scheduler = Scheduler(CAPS, slow)
-    engine = SimulatedEngine(CAPS, slow)
-    outcomes = simulate([Request("a", 0.0, 10, stages)], {"a": 10}, scheduler, engine)
-    assert len(outcomes["a"].token_times) == 10
-    assert outcomes["a"].attained  # 50 ms a token: behind 20 ms paces, but one second of TTFT slack covers it
+def test_each_stage_has_its_own_pace() -> None:
+    """Thinking at 20 ms, then the answer at 100 ms: the next token is due when the judge of attainment says."""
+    stages = (Stage(5, Slo(1.0, 0.02)), Stage(5, Slo(9.0, 0.1)))
+    dues = list(due_times(stages, (5, 5), 0.0))
+    assert dues == pytest.approx([1.0, 1.02, 1.04, 1.06, 1.08, 1.18, 1.28, 1.38, 1.48, 1.58])
+    scheduler = Scheduler(CAPS, PERF)
+    planned: list[float] = []
+
+    def note(plan: Plan, report: StepReport) -> None:
+        if scheduler._table.slot_of:  # not after its last token
+            planned.append(float(scheduler._table.real[table.DUE, scheduler._table.slot_of["a"]]))
+
+    simulate([Request("a", 0.0, 10, stages)], {"a": 10}, scheduler, SimulatedEngine(CAPS, PERF), on_step=note)
+    assert planned == pytest.approx(dues[1:])
 
 
 def test_duplicate_ids_and_impossible_prompts_are_refused() -> None:
