@@ -7,12 +7,14 @@ robin, all rounds of one to the same replica. Best-effort work is played to its 
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slos_serve.scheduler import (
     Capabilities,
@@ -24,8 +26,6 @@ from slos_serve.scheduler import (
     PrefillFirst,
     Request,
     Scheduler,
-    Snapshot,
-    StepReport,
     attained,
 )
 from slos_serve.scheduler.attainment import TOLERANCE
@@ -60,15 +60,15 @@ def _ours(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -
 
 
 def _vllm(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
-    return Scheduler(capabilities, perf, compose=PrefillFirst(int(parameters["budget"])))
+    return Scheduler(capabilities, perf, policy=PrefillFirst(int(parameters["budget"])))
 
 
 def _sarathi(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
-    return Scheduler(capabilities, perf, compose=DecodeFirst(int(parameters["budget"])))
+    return Scheduler(capabilities, perf, policy=DecodeFirst(int(parameters["budget"])))
 
 
 def _qoserve(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
-    return Scheduler(capabilities, perf, compose=EarliestDue(parameters["alpha"], parameters["cap"]))
+    return Scheduler(capabilities, perf, policy=EarliestDue(parameters["alpha"], parameters["cap"]))
 
 
 # What is best most often comes first: the better the first, the sooner the others are ruled out.
@@ -87,30 +87,17 @@ EXAMINED: Final[Mapping[str, Policy]] = {
 }
 
 
-class TimedPlanner:
-    """A planner, and the CPU seconds each of its plans took."""
+class Stopwatch:
+    """Times the call that makes a plan, in CPU seconds."""
 
-    def __init__(self, planner: Planner) -> None:
-        self._planner = planner
+    def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def add(self, request: Request, now: float) -> None:
-        self._planner.add(request, now)
-
-    def cancel(self, request_id: RequestId) -> bool:
-        return self._planner.cancel(request_id)
-
-    def plan(self, now: float) -> Plan:
+    def __call__(self, plan: Callable[[], Plan]) -> Plan:
         started = time.thread_time()
-        plan = self._planner.plan(now)
+        made = plan()
         self.seconds.append(time.thread_time() - started)
-        return plan
-
-    def report(self, report: StepReport) -> None:
-        self._planner.report(report)
-
-    def snapshot(self) -> Snapshot:
-        return self._planner.snapshot()
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,18 +140,21 @@ class GaveUp(Exception):
 class LateFirstTokens:
     """Counts sessions whose first token is late, a miss under every rule; ends the run beyond `allowed`."""
 
-    def __init__(self, firsts: Sequence[Turn], outcomes: Mapping[RequestId, Outcome], allowed: float) -> None:
-        dues = ((t.request.arrived_at + t.stages[0].slo.ttft, t.request.id) for t in firsts if t.stages[0].slo)
-        self._dues = sorted(dues, reverse=True)
-        self._outcomes = outcomes
+    def __init__(self, firsts: Sequence[Turn], allowed: float) -> None:
+        self._due = {t.request.id: t.request.arrived_at + t.stages[0].slo.ttft for t in firsts if t.stages[0].slo}
         self._allowed = allowed
+        self._open: list[tuple[float, int]] = []
+        self._seen = 0
         self.missed = 0
 
-    def __call__(self, plan: Plan, report: StepReport) -> None:
-        while self._dues and self._dues[-1][0] + TOLERANCE < report.started_at:
-            due, name = self._dues.pop()
-            times = self._outcomes[name].token_times
-            self.missed += not times or times[0] > due + TOLERANCE
+    def __call__(self, now: float, arrived: Sequence[Outcome], first_at: NDArray[np.float64]) -> None:
+        for serial in range(self._seen, len(arrived)):
+            if (due := self._due.get(arrived[serial].request.id)) is not None:
+                heapq.heappush(self._open, (due + TOLERANCE, serial))
+        self._seen = len(arrived)
+        while self._open and self._open[0][0] < now:
+            due, serial = heapq.heappop(self._open)
+            self.missed += bool(first_at[serial] > due)
         if self.missed > self._allowed:
             raise GaveUp
 
@@ -183,27 +173,29 @@ def play(fleet: Fleet, firsts: Sequence[Turn], target: float = 0.0) -> Played:
     played, missed = Played(), 0
     for index in range(fleet.replicas):
         share = firsts[index :: fleet.replicas]
-        planner = TimedPlanner(fleet.make(fleet.profile.capabilities, fleet.profile.perf))
+        planner = fleet.make(fleet.profile.capabilities, fleet.profile.perf)
+        stopwatch = Stopwatch()
         rng = np.random.default_rng([fleet.seed, index])
         engine = SimulatedEngine(fleet.profile.capabilities, fleet.profile.perf, rng, fleet.noise)
         lengths = {turn.request.id: turn.output_tokens for turn in share}
         requests = [turn.request for turn in share]
-        watch = LateFirstTokens(share, played.outcomes, (1.0 - target) * len(firsts) - missed + 1e-6)
+        watch = LateFirstTokens(share, (1.0 - target) * len(firsts) - missed + 1e-6)
         try:
             simulate(
                 requests,
                 lengths,
                 planner,
                 engine,
-                on_step=watch if target else None,
-                follow_up=_follower(share),
+                follow_up=_follower(share) if any(turn.following for turn in share) else None,
                 outcomes=played.outcomes,
+                watch=watch if target else None,
+                timed=stopwatch,
             )
         except GaveUp:
             played.late = missed + watch.missed
             return played
         missed += watch.missed
-        played.planning += planner.seconds
+        played.planning += stopwatch.seconds
     return played
 
 

@@ -18,8 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from .admission import AREA as AREA_TERM
-from .admission import MARGIN, Verdict, admit, batch_seconds, shortest_period, tokens_within
+from .admission import Verdict, admit, shortest_period
 from .jit import compiled
 from .table import (
     ACCEPT,
@@ -38,6 +37,8 @@ from .table import (
     TPOT,
     VERDICT,
 )
+from .timemodel import AREA as AREA_TERM
+from .timemodel import MARGIN, batch_seconds, tokens_within
 
 _MISSED: Final = int(Verdict.MISSED)
 _RELEGATED: Final = int(Verdict.RELEGATED)
@@ -71,6 +72,8 @@ DRAFT: Final = 3
 ROWS: Final = 0
 EVICTED: Final = 1
 STEPS: Final = 2
+CHANGED: Final = 3  # verdicts nobody was told of
+COUNTS: Final = 4
 
 # `load`: the batch as it grows (float64).
 TOKENS: Final = 0
