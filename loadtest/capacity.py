@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -26,23 +26,15 @@ from slos_serve.scheduler import (
     Scheduler,
     Snapshot,
     StepReport,
-    attained,
 )
-from slos_serve.scheduler.attainment import TOLERANCE
+from slos_serve.scheduler.attainment import RULES, TOLERANCE, Rule
 from slos_serve.scheduler.core import RequestId
 from slos_serve.scheduler.simulator import Outcome, SimulatedEngine, simulate
 
 from .cells import Profile, Turn
-from .report import block_attained, mean_attained
 
-Rule: TypeAlias = Literal["strict", "blocks", "mean"]
 Parameters: TypeAlias = Mapping[str, float]
 
-RULES: Final[Mapping[Rule, Callable[..., bool]]] = {
-    "strict": attained,
-    "blocks": block_attained,
-    "mean": mean_attained,
-}
 STEPS_PER_DOUBLING: Final = 24  # of the grid of rates: neighbours differ by 2.9 %
 LENGTH_CLASSES: Final = 4  # quartiles of prompt plus output
 
@@ -230,12 +222,18 @@ def rounds(turn: Turn) -> Iterator[Turn]:
         each = each.following
 
 
-def kept(rule: Callable[..., bool], turn: Turn, outcome: Outcome | None) -> bool:
-    """Whether one request attained under `rule`, judged by the tokens each stage really had."""
-    if outcome is None or len(outcome.token_times) < turn.output_tokens:
-        return False
-    tokens = [stage.max_new_tokens for stage in turn.stages]
-    return rule(turn.stages, tokens, outcome.request.arrived_at, outcome.token_times)
+def kept(turn: Turn, outcomes: Mapping[RequestId, Outcome]) -> dict[Rule, bool]:
+    """Whether all requests of a session attained, under each rule, judged by the tokens each stage really had."""
+    all_kept = dict.fromkeys(RULES, True)
+    for each in rounds(turn):
+        outcome = outcomes.get(each.request.id)
+        if outcome is None or len(outcome.token_times) < each.output_tokens:
+            return dict.fromkeys(RULES, False)
+        times = np.array(outcome.token_times)
+        case = (each.stages, [stage.max_new_tokens for stage in each.stages], outcome.request.arrived_at, times)
+        for name in RULES:
+            all_kept[name] = all_kept[name] and RULES[name](*case)
+    return all_kept
 
 
 def score(firsts: Sequence[Turn], played: Played, **about: Any) -> Score:
@@ -249,10 +247,8 @@ def score(firsts: Sequence[Turn], played: Played, **about: Any) -> Score:
         bound = dict.fromkeys(RULES, 1.0 - played.late / len(firsts))
         return Score(sessions=len(firsts), attainment=bound, complete=False, **about)
     outcomes, planning = played.outcomes, played.planning
-    kept_by: dict[Rule, np.ndarray[Any, Any]] = {
-        name: np.array([all(kept(rule, t, outcomes.get(t.request.id)) for t in rounds(turn)) for turn in firsts])
-        for name, rule in RULES.items()
-    }
+    verdicts = [kept(turn, outcomes) for turn in firsts]
+    kept_by = {name: np.array([verdict[name] for verdict in verdicts]) for name in RULES}
     sizes = np.array([sum(t.request.prompt_tokens + t.output_tokens for t in rounds(turn)) for turn in firsts])
     order = np.argsort(sizes, kind="stable")
     gaps = np.concatenate([np.diff(outcome.token_times) for outcome in outcomes.values()])

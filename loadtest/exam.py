@@ -26,8 +26,9 @@ from typing import Any, Final
 import numpy as np
 
 from slos_serve.scheduler import Capabilities, PerfModel, Planner
+from slos_serve.scheduler.attainment import RULES, Rule
 
-from .capacity import EXAMINED, RULES, Fleet, Parameters, Policy, Rule, Score, Search, play, rate_at, score
+from .capacity import EXAMINED, Fleet, Parameters, Policy, Score, Search, play, rate_at, score
 from .cells import (
     ARRIVALS,
     Load,

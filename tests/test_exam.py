@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from slos_serve.loadtest import exam
-from slos_serve.loadtest.capacity import EXAMINED, RULES, Fleet, Search, play, rate_at, score
+from slos_serve.loadtest.capacity import EXAMINED, Fleet, Search, play, rate_at, score
 from slos_serve.loadtest.cells import (
     ARRIVALS,
     TARGETS,
@@ -25,6 +25,7 @@ from slos_serve.loadtest.cells import (
 )
 from slos_serve.loadtest.workload import WORKLOADS, Arrival
 from slos_serve.scheduler import POLICIES, BatchShape, Scheduler, Stage
+from slos_serve.scheduler.attainment import RULES
 
 PROFILE = load_profile("a100-llama-3-8b")
 SHORT = ("--workload", "coding", "--arrivals", "poisson", "--requests", "60")
