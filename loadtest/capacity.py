@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -29,6 +30,7 @@ from slos_serve.scheduler import (
 )
 from slos_serve.scheduler.attainment import RULES, TOLERANCE, Rule
 from slos_serve.scheduler.core import RequestId
+from slos_serve.scheduler.distserve import Disaggregated, Link, Replica
 from slos_serve.scheduler.simulator import Outcome, SimulatedEngine, simulate
 
 from .cells import Profile, Turn
@@ -36,15 +38,24 @@ from .cells import Profile, Turn
 Parameters: TypeAlias = Mapping[str, float]
 
 STEPS_PER_DOUBLING: Final = 24  # of the grid of rates: neighbours differ by 2.9 %
+DECODE_SIDE_BUDGET: Final = 512  # tokens a batch where only what lost its memory is prefilled again
 LENGTH_CLASSES: Final = 4  # quartiles of prompt plus output
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How to make a policy's planner, and the parameters to try. Ours has one setting for all cells."""
+    """How to make a policy's planner, and the parameters to try. Ours has one setting for all cells.
+
+    A policy that serves with separate prefill and decode replicas has their numbers among its parameters.
+    """
 
     make: Callable[[Capabilities, PerfModel, Parameters], Planner]
     sweep: tuple[Parameters, ...]
+
+
+def group_size(parameters: Parameters) -> int:
+    """GPUs that serve together under these parameters."""
+    return int(parameters.get("prefill", 1) + parameters.get("decode", 0))
 
 
 def _ours(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
@@ -63,6 +74,11 @@ def _qoserve(capabilities: Capabilities, perf: PerfModel, parameters: Parameters
     return Scheduler(capabilities, perf, compose=EarliestDue(parameters["alpha"], parameters["cap"]))
 
 
+def _distserve(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
+    """The prefill side: whole prompts first come first served, batched up to what saturates the GPU."""
+    return Scheduler(capabilities, perf, compose=PrefillFirst(int(parameters["budget"])))
+
+
 # What is best most often comes first: the better the first, the sooner the others are ruled out.
 EXAMINED: Final[Mapping[str, Policy]] = {
     "slos_serve": Policy(_ours, ({},)),
@@ -74,6 +90,14 @@ EXAMINED: Final[Mapping[str, Policy]] = {
             {"alpha": alpha, "cap": cap}
             for cap in (0.04, 0.06, 0.03, 0.1, 0.2)
             for alpha in (4.0, 16.0, 1.0, 64.0, 0.0)
+        ),
+    ),
+    "distserve": Policy(
+        _distserve,
+        tuple(
+            {"prefill": prefill, "decode": decode, "budget": budget}
+            for budget in (512, 2048)
+            for prefill, decode in ((1, 1), (2, 1), (1, 2), (1, 3))
         ),
     ),
 }
@@ -129,13 +153,30 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What serves: `replicas` of a profile under a policy. `noise` is the sd of the lognormal iteration time."""
+    """What serves: `replicas` of a profile under a policy. `noise` is the sd of the lognormal iteration time.
+
+    With `prefill` and `decode` each group of so many replicas splits the work; the policy is then the
+    prefill side's, and the decode side runs all its decodes in every iteration.
+    """
 
     profile: Profile
     make: Callable[[Capabilities, PerfModel], Planner]
     replicas: int = 1
     noise: float = 0.05
     seed: int = 0
+    prefill: int = 1
+    decode: int = 0
+
+    @property
+    def groups(self) -> int:
+        return self.replicas // (self.prefill + self.decode)
+
+    def engine(self, index: int) -> SimulatedEngine:
+        rng = np.random.default_rng([self.seed, index])
+        return SimulatedEngine(self.profile.capabilities, self.profile.perf, rng, self.noise)
+
+    def planner(self, make: Callable[[Capabilities, PerfModel], Planner] | None = None) -> TimedPlanner:
+        return TimedPlanner((make or self.make)(self.profile.capabilities, self.profile.perf))
 
 
 class GaveUp(Exception):
@@ -173,30 +214,45 @@ class Played:
 def play(fleet: Fleet, firsts: Sequence[Turn], target: float = 0.0) -> Played:
     """Every session to its end, or until so many first tokens are late that no `target` share can attain."""
     played, missed = Played(), 0
-    for index in range(fleet.replicas):
-        share = firsts[index :: fleet.replicas]
-        planner = TimedPlanner(fleet.make(fleet.profile.capabilities, fleet.profile.perf))
-        rng = np.random.default_rng([fleet.seed, index])
-        engine = SimulatedEngine(fleet.profile.capabilities, fleet.profile.perf, rng, fleet.noise)
-        lengths = {turn.request.id: turn.output_tokens for turn in share}
-        requests = [turn.request for turn in share]
+    for index in range(fleet.groups):
+        share = firsts[index :: fleet.groups]
         watch = LateFirstTokens(share, played.outcomes, (1.0 - target) * len(firsts) - missed + 1e-6)
         try:
-            simulate(
-                requests,
-                lengths,
-                planner,
-                engine,
-                on_step=watch if target else None,
-                follow_up=_follower(share),
-                outcomes=played.outcomes,
-            )
+            (_split if fleet.decode else _alone)(fleet, index, share, played, watch if target else None)
         except GaveUp:
             played.late = missed + watch.missed
             return played
         missed += watch.missed
-        played.planning += planner.seconds
     return played
+
+
+def _alone(fleet: Fleet, index: int, share: Sequence[Turn], played: Played, watch: LateFirstTokens | None) -> None:
+    """One replica serves its share of the sessions."""
+    planner = fleet.planner()
+    simulate(
+        [turn.request for turn in share],
+        {turn.request.id: turn.output_tokens for turn in share},
+        planner,
+        fleet.engine(index),
+        on_step=watch,
+        follow_up=_follower(share),
+        outcomes=played.outcomes,
+    )
+    played.planning += planner.seconds
+
+
+def _split(fleet: Fleet, index: int, share: Sequence[Turn], played: Played, watch: LateFirstTokens | None) -> None:
+    """A group of prefill and decode replicas serves its share of the sessions."""
+    numbers = [index * (fleet.prefill + fleet.decode) + member for member in range(fleet.prefill + fleet.decode)]
+    decodes = partial(Scheduler, compose=DecodeFirst(DECODE_SIDE_BUDGET))
+    prefill = [Replica(fleet.planner(), fleet.engine(number)) for number in numbers[: fleet.prefill]]
+    decode = [Replica(fleet.planner(decodes), fleet.engine(number)) for number in numbers[fleet.prefill :]]
+    link = Link(fleet.profile.kv_bytes_per_token)
+    group = Disaggregated(prefill, decode, link, played.outcomes, watch, _follower(share))
+    group.simulate([turn.request for turn in share], {turn.request.id: turn.output_tokens for turn in share})
+    for replica in (*prefill, *decode):
+        assert isinstance(replica.planner, TimedPlanner)
+        played.planning += replica.planner.seconds
 
 
 def _follower(share: Sequence[Turn]) -> Callable[[RequestId, float], tuple[Request, int] | None]:
