@@ -11,10 +11,10 @@ import heapq
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, TypeAlias
+from functools import partial
+from typing import Any, Final, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slos_serve.scheduler import (
     Capabilities,
@@ -26,33 +26,35 @@ from slos_serve.scheduler import (
     PrefillFirst,
     Request,
     Scheduler,
-    attained,
 )
-from slos_serve.scheduler.attainment import TOLERANCE
+from slos_serve.scheduler.attainment import RULES, TOLERANCE, Floats, Rule
 from slos_serve.scheduler.core import RequestId
+from slos_serve.scheduler.distserve import Disaggregated, Link, Replica
 from slos_serve.scheduler.simulator import Outcome, SimulatedEngine, simulate
 
 from .cells import Profile, Turn
-from .report import block_attained, mean_attained
 
-Rule: TypeAlias = Literal["strict", "blocks", "mean"]
 Parameters: TypeAlias = Mapping[str, float]
 
-RULES: Final[Mapping[Rule, Callable[..., bool]]] = {
-    "strict": attained,
-    "blocks": block_attained,
-    "mean": mean_attained,
-}
 STEPS_PER_DOUBLING: Final = 24  # of the grid of rates: neighbours differ by 2.9 %
+DECODE_SIDE_BUDGET: Final = 512  # tokens a batch where only what lost its memory is prefilled again
 LENGTH_CLASSES: Final = 4  # quartiles of prompt plus output
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How to make a policy's planner, and the parameters to try. Ours has one setting for all cells."""
+    """How to make a policy's planner, and the parameters to try. Ours has one setting for all cells.
+
+    A policy that serves with separate prefill and decode replicas has their numbers among its parameters.
+    """
 
     make: Callable[[Capabilities, PerfModel, Parameters], Planner]
     sweep: tuple[Parameters, ...]
+
+
+def group_size(parameters: Parameters) -> int:
+    """GPUs that serve together under these parameters."""
+    return int(parameters.get("prefill", 1) + parameters.get("decode", 0))
 
 
 def _ours(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
@@ -71,6 +73,11 @@ def _qoserve(capabilities: Capabilities, perf: PerfModel, parameters: Parameters
     return Scheduler(capabilities, perf, policy=EarliestDue(parameters["alpha"], parameters["cap"]))
 
 
+def _distserve(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
+    """The prefill side: whole prompts first come first served, batched up to what saturates the GPU."""
+    return Scheduler(capabilities, perf, policy=PrefillFirst(int(parameters["budget"])))
+
+
 # What is best most often comes first: the better the first, the sooner the others are ruled out.
 EXAMINED: Final[Mapping[str, Policy]] = {
     "slos_serve": Policy(_ours, ({},)),
@@ -82,6 +89,14 @@ EXAMINED: Final[Mapping[str, Policy]] = {
             {"alpha": alpha, "cap": cap}
             for cap in (0.04, 0.06, 0.03, 0.1, 0.2)
             for alpha in (4.0, 16.0, 1.0, 64.0, 0.0)
+        ),
+    ),
+    "distserve": Policy(
+        _distserve,
+        tuple(
+            {"prefill": prefill, "decode": decode, "budget": budget}
+            for budget in (512, 2048)
+            for prefill, decode in ((1, 1), (2, 1), (1, 2), (1, 3))
         ),
     ),
 }
@@ -102,7 +117,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One run in numbers: shares of all sessions that attained, by rule; CPU milliseconds of a plan.
+    """One run in numbers: shares of all sessions that attained, by rule; CPU milliseconds of the first plan after an arrival.
 
     `token_weighted` counts each session by its prompt and output tokens; `by_length` gives the strict share
     of each quartile of that size, shortest first; `p99_gap` is the P99 time between tokens in seconds.
@@ -124,13 +139,27 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What serves: `replicas` of a profile under a policy. `noise` is the sd of the lognormal iteration time."""
+    """What serves: `replicas` of a profile under a policy. `noise` is the sd of the lognormal iteration time.
+
+    With `prefill` and `decode` each group of so many replicas splits the work; the policy is then the
+    prefill side's, and the decode side runs all its decodes in every iteration.
+    """
 
     profile: Profile
     make: Callable[[Capabilities, PerfModel], Planner]
     replicas: int = 1
     noise: float = 0.05
     seed: int = 0
+    prefill: int = 1
+    decode: int = 0
+
+    @property
+    def groups(self) -> int:
+        return self.replicas // (self.prefill + self.decode)
+
+    def engine(self, index: int) -> SimulatedEngine:
+        rng = np.random.default_rng([self.seed, index])
+        return SimulatedEngine(self.profile.capabilities, self.profile.perf, rng, self.noise)
 
 
 class GaveUp(Exception):
@@ -147,7 +176,7 @@ class LateFirstTokens:
         self._seen = 0
         self.missed = 0
 
-    def __call__(self, now: float, arrived: Sequence[Outcome], first_at: NDArray[np.float64]) -> None:
+    def __call__(self, now: float, arrived: Sequence[Outcome], first_at: Sequence[float] | Floats) -> None:
         for serial in range(self._seen, len(arrived)):
             if (due := self._due.get(arrived[serial].request.id)) is not None:
                 heapq.heappush(self._open, (due + TOLERANCE, serial))
@@ -161,42 +190,53 @@ class LateFirstTokens:
 
 @dataclass(slots=True)
 class Played:
-    """What became of each request; the CPU seconds of every plan; late first tokens where the run was given up."""
+    """What became of each request; how long plans took; late first tokens where the run was given up."""
 
     outcomes: dict[RequestId, Outcome] = field(default_factory=dict)
-    planning: list[float] = field(default_factory=list)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
     late: int | None = None
 
 
 def play(fleet: Fleet, firsts: Sequence[Turn], target: float = 0.0) -> Played:
     """Every session to its end, or until so many first tokens are late that no `target` share can attain."""
     played, missed = Played(), 0
-    for index in range(fleet.replicas):
-        share = firsts[index :: fleet.replicas]
-        planner = fleet.make(fleet.profile.capabilities, fleet.profile.perf)
-        stopwatch = Stopwatch()
-        rng = np.random.default_rng([fleet.seed, index])
-        engine = SimulatedEngine(fleet.profile.capabilities, fleet.profile.perf, rng, fleet.noise)
-        lengths = {turn.request.id: turn.output_tokens for turn in share}
-        requests = [turn.request for turn in share]
+    for index in range(fleet.groups):
+        share = firsts[index :: fleet.groups]
         watch = LateFirstTokens(share, (1.0 - target) * len(firsts) - missed + 1e-6)
         try:
-            simulate(
-                requests,
-                lengths,
-                planner,
-                engine,
-                follow_up=_follower(share) if any(turn.following for turn in share) else None,
-                outcomes=played.outcomes,
-                watch=watch if target else None,
-                timed=stopwatch,
-            )
+            (_split if fleet.decode else _alone)(fleet, index, share, played, watch if target else None)
         except GaveUp:
             played.late = missed + watch.missed
             return played
         missed += watch.missed
-        played.planning += stopwatch.seconds
     return played
+
+
+def _alone(fleet: Fleet, index: int, share: Sequence[Turn], played: Played, watch: LateFirstTokens | None) -> None:
+    """One replica serves its share of the sessions."""
+    simulate(
+        [turn.request for turn in share],
+        {turn.request.id: turn.output_tokens for turn in share},
+        fleet.make(fleet.profile.capabilities, fleet.profile.perf),
+        fleet.engine(index),
+        follow_up=_follower(share) if any(turn.following for turn in share) else None,
+        outcomes=played.outcomes,
+        watch=watch,
+        timed=played.stopwatch,
+    )
+
+
+def _split(fleet: Fleet, index: int, share: Sequence[Turn], played: Played, watch: LateFirstTokens | None) -> None:
+    """A group of prefill and decode replicas serves its share of the sessions."""
+    numbers = [index * (fleet.prefill + fleet.decode) + member for member in range(fleet.prefill + fleet.decode)]
+    decodes = partial(Scheduler, policy=DecodeFirst(DECODE_SIDE_BUDGET))
+    prefill, decode = (
+        [Replica(make(fleet.profile.capabilities, fleet.profile.perf), fleet.engine(number)) for number in side]
+        for make, side in ((fleet.make, numbers[: fleet.prefill]), (decodes, numbers[fleet.prefill :]))
+    )
+    link = Link(fleet.profile.kv_bytes_per_token)
+    group = Disaggregated(prefill, decode, link, played.outcomes, watch, _follower(share), played.stopwatch)
+    group.simulate([turn.request for turn in share], {turn.request.id: turn.output_tokens for turn in share})
 
 
 def _follower(share: Sequence[Turn]) -> Callable[[RequestId, float], tuple[Request, int] | None]:
@@ -222,12 +262,18 @@ def rounds(turn: Turn) -> Iterator[Turn]:
         each = each.following
 
 
-def kept(rule: Callable[..., bool], turn: Turn, outcome: Outcome | None) -> bool:
-    """Whether one request attained under `rule`, judged by the tokens each stage really had."""
-    if outcome is None or len(outcome.token_times) < turn.output_tokens:
-        return False
-    tokens = [stage.max_new_tokens for stage in turn.stages]
-    return rule(turn.stages, tokens, outcome.request.arrived_at, outcome.token_times)
+def kept(turn: Turn, outcomes: Mapping[RequestId, Outcome]) -> dict[Rule, bool]:
+    """Whether all requests of a session attained, under each rule, judged by the tokens each stage really had."""
+    all_kept = dict.fromkeys(RULES, True)
+    for each in rounds(turn):
+        outcome = outcomes.get(each.request.id)
+        if outcome is None or len(outcome.token_times) < each.output_tokens:
+            return dict.fromkeys(RULES, False)
+        times = np.array(outcome.token_times)
+        case = (each.stages, [stage.max_new_tokens for stage in each.stages], outcome.request.arrived_at, times)
+        for name in RULES:
+            all_kept[name] = all_kept[name] and RULES[name](*case)
+    return all_kept
 
 
 def score(firsts: Sequence[Turn], played: Played, **about: Any) -> Score:
@@ -240,11 +286,9 @@ def score(firsts: Sequence[Turn], played: Played, **about: Any) -> Score:
     if played.late is not None:
         bound = dict.fromkeys(RULES, 1.0 - played.late / len(firsts))
         return Score(sessions=len(firsts), attainment=bound, complete=False, **about)
-    outcomes, planning = played.outcomes, played.planning
-    kept_by: dict[Rule, np.ndarray[Any, Any]] = {
-        name: np.array([all(kept(rule, t, outcomes.get(t.request.id)) for t in rounds(turn)) for turn in firsts])
-        for name, rule in RULES.items()
-    }
+    outcomes, planning = played.outcomes, played.stopwatch.seconds
+    verdicts = [kept(turn, outcomes) for turn in firsts]
+    kept_by = {name: np.array([verdict[name] for verdict in verdicts]) for name in RULES}
     sizes = np.array([sum(t.request.prompt_tokens + t.output_tokens for t in rounds(turn)) for turn in firsts])
     order = np.argsort(sizes, kind="stable")
     gaps = np.concatenate([np.diff(outcome.token_times) for outcome in outcomes.values()])

@@ -43,6 +43,7 @@ class Profile:
     name: str
     perf: PerfModel
     kv_capacity_tokens: int
+    kv_bytes_per_token: int
     capabilities: Capabilities
     source: str
     licence: str
@@ -89,7 +90,13 @@ def _profile(data: Mapping[str, Any]) -> Profile:
         max_context=capacity,
     )
     return Profile(
-        data["name"], replace(kernels, pieces=pieces), capacity, capabilities, data["source"], data["licence"]
+        name=data["name"],
+        perf=replace(kernels, pieces=pieces),
+        kv_capacity_tokens=capacity,
+        kv_bytes_per_token=int(data["kv_bytes_per_token"]),
+        capabilities=capabilities,
+        source=data["source"],
+        licence=data["licence"],
     )
 
 

@@ -26,8 +26,9 @@ from typing import Any, Final
 import numpy as np
 
 from slos_serve.scheduler import Capabilities, PerfModel, Planner
+from slos_serve.scheduler.attainment import RULES, Rule
 
-from .capacity import EXAMINED, RULES, Fleet, Parameters, Policy, Rule, Score, Search, play, rate_at, score
+from .capacity import EXAMINED, Fleet, Parameters, Policy, Score, Search, group_size, play, rate_at, score
 from .cells import (
     ARRIVALS,
     Load,
@@ -121,10 +122,16 @@ class Scene:
         return firsts, seconds, dropped
 
     def evaluate(self, parameters: Parameters, rate: float, target: float = 0.0) -> Score:
-        """Play the cell's sessions at `rate`; given up once fewer than the `target` share can attain."""
-        firsts, seconds, dropped = self.firsts(rate)
+        """Play the cell's sessions at `rate`; given up once fewer than the `target` share can attain.
+
+        Where a group of GPUs that serve together is larger than the cell's replicas, or does not divide them,
+        the fleet is the next multiple and gets proportionally more of the same trace.
+        """
         make = partial(_planner, EXAMINED[self.cell.policy], parameters)
-        fleet = Fleet(self.profile, make, self.cell.replicas, self.cell.noise, self.cell.seed)
+        gpus = -(-self.cell.replicas // group_size(parameters)) * group_size(parameters)
+        split = {name: int(parameters[name]) for name in ("prefill", "decode") if name in parameters}
+        fleet = Fleet(self.profile, make, gpus, self.cell.noise, self.cell.seed, **split)
+        firsts, seconds, dropped = self.firsts(rate * gpus / self.cell.replicas)
         return score(firsts, play(fleet, firsts, target), rate=rate, seconds=seconds, dropped=dropped)
 
 

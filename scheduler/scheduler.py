@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from . import batching, learning, lengths, table, timemodel
 from .admission import REASONS, Verdict
 from .core import (
-    Advances,
     Advance,
+    Advances,
     Capabilities,
     Chunks,
     Decision,
