@@ -24,6 +24,7 @@ from slos_serve.scheduler import (
     Plan,
     Planner,
     PrefillFirst,
+    Published,
     Request,
     Scheduler,
 )
@@ -61,6 +62,10 @@ def _ours(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -
     return Scheduler(capabilities, perf)
 
 
+def _published(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
+    return Scheduler(capabilities, perf, policy=Published(parameters["cap"]))
+
+
 def _vllm(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
     return Scheduler(capabilities, perf, policy=PrefillFirst(int(parameters["budget"])))
 
@@ -81,6 +86,7 @@ def _distserve(capabilities: Capabilities, perf: PerfModel, parameters: Paramete
 # What is best most often comes first: the better the first, the sooner the others are ruled out.
 EXAMINED: Final[Mapping[str, Policy]] = {
     "slos_serve": Policy(_ours, ({},)),
+    "slos_serve_paper": Policy(_published, tuple({"cap": cap} for cap in (0.1, 0.06, 0.2, 0.04))),
     "sarathi": Policy(_sarathi, tuple({"budget": budget} for budget in (1024, 512, 256, 2048, 128, 4096))),
     "vllm": Policy(_vllm, tuple({"budget": budget} for budget in (4096, 2048, 8192))),
     "qoserve": Policy(
@@ -117,7 +123,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One run in numbers: shares of all sessions that attained, by rule; CPU milliseconds of the first plan after an arrival.
+    """One run in numbers: shares of all sessions that attained, by rule; CPU milliseconds of plans after an arrival.
 
     `token_weighted` counts each session by its prompt and output tokens; `by_length` gives the strict share
     of each quartile of that size, shortest first; `p99_gap` is the P99 time between tokens in seconds.

@@ -20,12 +20,14 @@ from .core import (
 )
 from .engine import Engine, Planner
 from .exact import AdmissionProblem, AdmissionResult, Speculation, admit_exact
+from .paper import Published
 from .perf import BatchShape, FitQuality, PerfModel, Piece, fit, quality
 from .scheduler import PlannerConfig, Scheduler
 
 # How to make each policy's planner from what the engine can do and its time model. Adding one: see `policies`.
 POLICIES: Final[Mapping[str, Callable[[Capabilities, PerfModel], Planner]]] = {
     "slos_serve": Scheduler,
+    "slos_serve_paper": partial(Scheduler, policy=Published()),
     "vllm": partial(Scheduler, policy=PrefillFirst()),
     "sarathi": partial(Scheduler, policy=DecodeFirst()),
     "qoserve": partial(Scheduler, policy=EarliestDue()),
@@ -50,6 +52,7 @@ __all__ = [
     "Planner",
     "PlannerConfig",
     "PrefillFirst",
+    "Published",
     "Request",
     "Scheduler",
     "Slo",

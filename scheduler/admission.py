@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from .jit import compiled
-from .table import COMPUTED, DUE, HELD, KNOWN, LENGTH, TPOT, WEIGHT
+from .table import COMPUTED, DUE, HELD, KNOWN, LENGTH, TPOT, VERDICT, WEIGHT
 from .timemodel import AREA, MARGIN, SCALE, batch_seconds, tokens_within
 
 
@@ -52,6 +52,7 @@ _CAPACITY: Final = int(Verdict.CAPACITY)
 _MEMORY: Final = int(Verdict.MEMORY)
 _PACE: Final = int(Verdict.PACE)
 
+
 @compiled
 def finish_after(perf: Any, period: float, decodes: float, context: float, tokens: float, area: float) -> float:
     """Seconds until `tokens` of prefill (with attention `area`) are done beside `decodes` decodes.
@@ -86,12 +87,14 @@ def admit(
     slack: float,
     room: float,
     block_tokens: int,
+    settle: bool,
 ) -> int:
     """Choose among the provisional slots `order` (by deadline); returns how many, in `accepted`.
 
     `cap` is the longest iteration, `decodes` and `context` the promised decodes and the sum of their
     contexts, `tightest` their tightest TPOT, `slack` the seconds until the first of them is due, `room`
-    the KV blocks not spoken for. `verdict[i]` tells of `order[i]`. O(n^2) at worst, O(n) when all fit.
+    the KV blocks not spoken for. With `settle` nobody admitted before is set back. `verdict[i]` tells of
+    `order[i]`. O(n^2) at worst, O(n) when all fit.
     """
     count = 0
     tokens = area = blocks = grown = 0.0
@@ -134,10 +137,12 @@ def admit(
                     finish = min(finish, alone)
             if finish <= due:
                 break
-            worst = 0
+            worst = count - 1
             most = -1.0
             for j in range(count):
                 other = accepted[j]
+                if settle and whole[VERDICT, other] == _ADMITTED:
+                    continue
                 cost = (whole[KNOWN, other] - whole[COMPUTED, other]) / max(real[WEIGHT, other], 1e-9)
                 if cost >= most:
                     worst = j

@@ -126,7 +126,7 @@ def fill_prompts(
 
 @compiled
 def finish(whole: Any, chosen: Any, perf: Any, limits: Any, load: Any, batch: Any, counts: Any) -> float:
-    write_decodes(whole, chosen[: int(load[DECODES])], 0, limits, load, batch, counts)
+    write_decodes(whole, chosen[: int(load[DECODES])], np.zeros(whole.shape[1], np.int64), limits, load, batch, counts)
     if counts[ROWS] == 0:
         return 0.0
     return float(batch_seconds(perf, load[TOKENS], load[CONTEXT], load[PREFILL_AREA], 0.0))

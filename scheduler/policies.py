@@ -17,6 +17,7 @@ from .baselines import DecodeFirst, EarliestDue, PrefillFirst, decode_first, ear
 from .batching import CHANGED, EVICTED, FREE_BLOCKS, NUM_BLOCKS, SHARED, compose
 from .jit import compiled
 from .learning import HELD_BLOCKS, PREEMPTED_TOTAL, SHARED_BLOCKS
+from .paper import Published, published
 from .table import HELD, TOLD, VERDICT
 
 
@@ -25,17 +26,19 @@ class SloServe:
     """Ours; its parameters are the scheduler's `PlannerConfig`."""
 
 
-Policy: TypeAlias = SloServe | PrefillFirst | DecodeFirst | EarliestDue
+Policy: TypeAlias = SloServe | Published | PrefillFirst | DecodeFirst | EarliestDue
 
 _OURS: Final = 0
 _PREFILL_FIRST: Final = 1
 _DECODE_FIRST: Final = 2
 _EARLIEST_DUE: Final = 3
+_PUBLISHED: Final = 4
 _LOOPS: Final[dict[type[Policy], int]] = {
     SloServe: _OURS,
     PrefillFirst: _PREFILL_FIRST,
     DecodeFirst: _DECODE_FIRST,
     EarliestDue: _EARLIEST_DUE,
+    Published: _PUBLISHED,
 }
 
 
@@ -70,6 +73,8 @@ def decide(
         predicted = prefill_first(whole, active, perf, limits, batch, evicted, counts, knobs[0])
     elif loop == _DECODE_FIRST:
         predicted = decode_first(whole, active, perf, limits, batch, evicted, counts, knobs[0])
+    elif loop == _PUBLISHED:
+        predicted = published(real, whole, active, now, perf, limits, batch, evicted, counts, knobs[0])
     else:
         predicted = earliest_due(real, whole, active, now, perf, limits, batch, evicted, counts, knobs[0], knobs[1])
     held = changed = 0

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from . import batching, learning, lengths, table, timemodel
+from . import batching, drafting, learning, lengths, table, timemodel
 from .admission import REASONS, Verdict
 from .core import (
     Advance,
@@ -54,7 +54,10 @@ class PlannerConfig:
     memory. `patience` seconds and `share` of a batch bound the starvation of best effort. `idle_cap`:
     longest iteration that best effort may cause beside promised decodes, in decode-only iterations.
     `margin`: fixed planning margin on predicted times; None learns it from the residuals. `lengths`: how output
-    lengths are predicted, a name of `lengths.MODES`.
+    lengths are predicted, a name of `lengths.MODES`. `drafts`: the rule for guesses, a name of `drafting.RULES`.
+    `pace`: longest iteration beside promised decodes, in their tightest TPOT (longer ones spend the slack of
+    early tokens). `commit_late` off promises or declines at once and for good; `prefill_only` off never lets
+    decodes wait for an urgent prompt: both are there to measure what the ideas are worth.
     """
 
     cap: float = 0.08
@@ -64,15 +67,28 @@ class PlannerConfig:
     patience: float = 10.0
     share: float = 0.125
     idle_cap: float = 2.0
+    pace: float = 1.0
     margin: float | None = None
     lengths: str = "class_mean"
+    drafts: str = "cost"
+    commit_late: bool = True
+    prefill_only: bool = True
 
     def __post_init__(self) -> None:
-        bounds = {"cap": (0, 10), "floor": (1, 100), "reserve": (1, 100), "overcommit": (0.1, 10), "share": (0, 1)}
+        bounds = {
+            "cap": (0, 10),
+            "floor": (1, 100),
+            "reserve": (1, 100),
+            "overcommit": (0.1, 10),
+            "share": (0, 1),
+            "pace": (0, 1e9),
+        }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if not low < value <= high and not (name == "floor" and value == 1):
                 raise ValueError(f"planner {name}: must be in ({low}, {high}], got {value!r}")
+        if self.drafts not in drafting.RULES:
+            raise ValueError(f"planner drafts: must be one of {', '.join(drafting.RULES)}, got {self.drafts!r}")
         if self.lengths not in lengths.MODES:
             raise ValueError(f"planner lengths: must be one of {', '.join(lengths.MODES)}, got {self.lengths!r}")
 
@@ -258,6 +274,11 @@ class Scheduler:
         limits[batching.PATIENCE] = config.patience
         limits[batching.SHARE] = config.share
         limits[batching.IDLE_CAP] = config.idle_cap
+        limits[batching.PACE] = config.pace
+        limits[batching.SETTLE] = not config.commit_late
+        limits[batching.PURE] = config.prefill_only
+        limits[batching.OWN_DRAFT] = caps.per_request_draft
+        limits[batching.BY_TIER] = config.drafts == "tiers"
         return limits
 
     def _allocate(self, size: int) -> None:

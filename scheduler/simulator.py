@@ -13,6 +13,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -466,21 +467,20 @@ def simulate(
                 watch(play.now, play.arrived, play.first_at)
             following = pending[0][0] if pending else math.inf
             if not play.live:
-                ran, ended = False, []
+                ran, ended = False, list[RequestId]()
             elif at_once and not (fresh and timed):
                 ran, ended = play.run(min(following, until))
             else:
-                plan = timed(lambda: planner.plan(play.now)) if timed else planner.plan(play.now)
+                plan = timed(partial(planner.plan, play.now)) if timed else planner.plan(play.now)
                 ran = len(plan.chunks) > 0
                 ended = play.step(plan, on_step) if ran else []
             if not ran:
                 if not pending:
                     raise RuntimeError(f"{play.live} requests are live and nothing runs at {play.now}: {planner!r}")
                 play.now = max(play.now, following)
-            for request_id in ended if follow_up is not None else ():
-                if (next_round := follow_up(request_id, play.now)) is not None:
-                    order = len(play.arrived) + len(pending)
-                    heapq.heappush(pending, (next_round[0].arrived_at, order, *next_round))
+            if follow_up is not None:
+                for next_round in filter(None, [follow_up(request_id, play.now) for request_id in ended]):
+                    heapq.heappush(pending, (next_round[0].arrived_at, len(play.arrived) + len(pending), *next_round))
     finally:
         play.log.fill(play.arrived)
     return play.outcomes

@@ -317,7 +317,13 @@ def test_the_compiled_simulation_equals_the_calls(seed: int, policy: str, sessio
         planner = POLICIES[policy](caps, PERF)
         engine = SimulatedEngine(caps, PERF, np.random.default_rng(seed), 0.05)
         outcomes = simulate(
-            requests, outputs, planner, engine, acceptance=0.7, follow_up=again, on_step=on_step  # type: ignore[arg-type]
+            requests,
+            outputs,
+            planner,
+            engine,
+            acceptance=0.7,
+            follow_up=again,
+            on_step=on_step,  # type: ignore[arg-type]
         )
         assert planner.snapshot().free_blocks == caps.num_blocks
         return [(outcome.token_times, outcome.preemptions) for outcome in outcomes.values()]
