@@ -212,11 +212,14 @@ def _trace(path: Path) -> tuple[Arrival, ...]:
     return tuple(read_trace(path))
 
 
-def horizon(load: Load, lifetime: float, rate: float) -> float:
-    """Seconds of arrivals to draw where sessions last `lifetime` seconds and about `rate` come per second."""
-    seconds = max(10.0 * lifetime, load.min_requests / rate)
+def horizon(load: Load, lifetime: float, rate: float, share: float = 1.0) -> float:
+    """Seconds of arrivals to draw where sessions last `lifetime` seconds and about `rate` come per second.
+
+    `share` of that for a rehearsal, whole bursts all the same.
+    """
+    seconds = share * max(10.0 * lifetime, load.min_requests / rate)
     if load.arrivals == "bursts":
-        seconds = max(math.ceil(seconds / load.burst_period), MIN_BURSTS) * load.burst_period
+        seconds = max(math.ceil(seconds / load.burst_period), round(share * MIN_BURSTS)) * load.burst_period
     return seconds
 
 

@@ -28,7 +28,19 @@ import numpy as np
 from slos_serve.scheduler import Capabilities, PerfModel, Planner
 from slos_serve.scheduler.attainment import RULES, Rule
 
-from .capacity import EXAMINED, Fleet, Parameters, Policy, Score, Search, group_size, play, rate_at, score
+from .capacity import (
+    EXAMINED,
+    STEPS_PER_DOUBLING,
+    Fleet,
+    Parameters,
+    Policy,
+    Score,
+    Search,
+    group_size,
+    play,
+    rate_at,
+    score,
+)
 from .cells import (
     ARRIVALS,
     Load,
@@ -51,7 +63,9 @@ from .workload import WORKLOADS
 
 HEADLINE: Final[Rule] = "strict"
 SAMPLE: Final = 500  # sessions that tell a workload's mean lifetime and cost
-MODEST: Final = 0.2  # share of it at which the least number of sessions comes within the horizon
+MODEST: Final = 0.3  # share of it at which the least number of sessions comes within the horizon
+REHEARSAL: Final = 0.25  # of a run's seconds, to rule out parameters
+SLACK: Final = 0.1  # below the target, so far a rehearsal tells how much worse parameters are
 FIRST_GUESS: Final = 0.4  # share of the GPU's raw token rate where the search starts
 
 
@@ -110,10 +124,13 @@ class Scene:
     lifetime: float
     cost: float
 
-    def firsts(self, rate: float) -> tuple[list[Turn], float, int]:
-        """The sessions at a rate, the seconds they span, and how many did not fit the KV memory."""
+    def firsts(self, rate: float, share: float = 1.0) -> tuple[list[Turn], float, int]:
+        """The sessions at a rate, the seconds they span, and how many did not fit the KV memory.
+
+        `share` of the seconds of a whole run.
+        """
         top = self.cell.replicas / self.cost
-        seconds = horizon(self.cell.load, self.lifetime, self.cell.rate or MODEST * top)
+        seconds = horizon(self.cell.load, self.lifetime, self.cell.rate or MODEST * top, share)
         arrivals = draw(self.cell.load, rate, top, seconds, self.cell.seed)
         return (*self._turns(arrivals, seconds),)
 
@@ -121,7 +138,7 @@ class Scene:
         firsts, dropped = turns(arrivals, self.profile, self.targets, self.cell.ttft_floor_ms / 1000)
         return firsts, seconds, dropped
 
-    def evaluate(self, parameters: Parameters, rate: float, target: float = 0.0) -> Score:
+    def evaluate(self, parameters: Parameters, rate: float, target: float = 0.0, share: float = 1.0) -> Score:
         """Play the cell's sessions at `rate`; given up once fewer than the `target` share can attain.
 
         Where a group of GPUs that serve together is larger than the cell's replicas, or does not divide them,
@@ -131,7 +148,7 @@ class Scene:
         gpus = -(-self.cell.replicas // group_size(parameters)) * group_size(parameters)
         split = {name: int(parameters[name]) for name in ("prefill", "decode") if name in parameters}
         fleet = Fleet(self.profile, make, gpus, self.cell.noise, self.cell.seed, **split)
-        firsts, seconds, dropped = self.firsts(rate * gpus / self.cell.replicas)
+        firsts, seconds, dropped = self.firsts(rate * gpus / self.cell.replicas, share)
         return score(firsts, play(fleet, firsts, target), rate=rate, seconds=seconds, dropped=dropped)
 
 
@@ -181,20 +198,23 @@ def _point(ready: Scene, rate: float) -> dict[str, Any]:
 
 
 def _capacities(ready: Scene) -> dict[str, Any]:
-    cell = ready.cell
-    start = round(24 * float(np.log2(max(FIRST_GUESS * cell.replicas / ready.cost, 1e-3))))
-    sweep = EXAMINED[cell.policy].sweep
-    search = Search(sweep, lambda parameters, step: ready.evaluate(parameters, rate_at(step), min(cell.targets)), start)
+    """The capacity by the first rule and target to the grid's resolution; all others read off the curve."""
+    cell, sweep = ready.cell, EXAMINED[ready.cell.policy].sweep
+    least = min(cell.targets)
+    search = Search(
+        sweep,
+        lambda parameters, step: ready.evaluate(parameters, rate_at(step), least),
+        start=round(STEPS_PER_DOUBLING * float(np.log2(max(FIRST_GUESS * cell.replicas / ready.cost, 1e-3)))),
+        rehearse=lambda parameters, step: ready.evaluate(parameters, rate_at(step), least - SLACK, REHEARSAL),
+    )
+    headline = search.capacity(cell.rules[0], cell.targets[0])
     capacities: dict[str, dict[str, float]] = {}
     chosen: dict[str, dict[str, Parameters | None]] = {}
-    headline: tuple[int, int] | None = None
     for rule, target in itertools.product(cell.rules, cell.targets):
-        found = search.capacity(rule, target)
-        if (rule, target) == (cell.rules[0], cell.targets[0]):
-            headline = found
+        first = (rule, target) == (cell.rules[0], cell.targets[0])
+        found = headline if first or headline is None else search.read(rule, target)
         capacities.setdefault(rule, {})[f"{target:g}"] = rate_at(found[1]) / cell.replicas if found else 0.0
         chosen.setdefault(rule, {})[f"{target:g}"] = dict(sweep[found[0]]) if found else None
-        search.start = found[1] if found else search.start
     result: dict[str, Any] = {"parameters": None, "capacity_per_gpu": capacities, "chosen": chosen}
     if headline is not None:
         result |= {"parameters": dict(sweep[headline[0]]), **_shown(search.played(*headline))}
