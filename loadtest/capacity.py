@@ -102,8 +102,7 @@ EXAMINED: Final[Mapping[str, Policy]] = {
     "distserve": Policy(
         _distserve,
         tuple(
-            {"prefill": prefill, "decode": decode, "budget": budget}
-            for budget in (512, 2048)
+            {"prefill": prefill, "decode": decode, "budget": 512}
             for prefill, decode in ((1, 1), (2, 1), (1, 2), (1, 3))
         ),
     ),
@@ -125,7 +124,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One run in numbers: shares of all sessions that attained, by rule; CPU milliseconds of plans after an arrival.
+    """One run in numbers: shares of all sessions that attained, by rule; CPU milliseconds of a plan after an arrival.
 
     `token_weighted` counts each session by its prompt and output tokens; `by_length` gives the strict share
     of each quartile of that size, shortest first; `p99_gap` is the P99 time between tokens in seconds.

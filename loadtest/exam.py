@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,6 +28,7 @@ import numpy as np
 from slos_serve.scheduler import Capabilities, PerfModel, Planner
 from slos_serve.scheduler.attainment import RULES, Rule
 
+from .bound import bounds
 from .capacity import (
     EXAMINED,
     STEPS_PER_DOUBLING,
@@ -248,6 +249,18 @@ def _curve(played: Iterable[tuple[Parameters, Score]]) -> list[dict[str, Any]]:
     ]
 
 
+@cache
+def _bounds(cell: Cell) -> Mapping[str, float]:
+    ready = scene(cell)
+    start = FIRST_GUESS * cell.replicas / ready.cost
+    return bounds(lambda rate: ready.firsts(rate)[0], ready.profile, cell.replicas, cell.targets[0], start)
+
+
+def bound(cell: Cell) -> Mapping[str, float]:
+    """The clairvoyant bounds on the cell's first capacity, per GPU: the same for every policy."""
+    return _bounds(replace(cell, policy="slos_serve", rules=(HEADLINE,), targets=cell.targets[:1], rate=None))
+
+
 # Many cells
 
 
@@ -412,8 +425,11 @@ def run(args: argparse.Namespace) -> int:
     have = [{name: result[name] for name in cells[0].about()} for result in done]
     left = [cell for cell in cells if cell.about() not in have]
     started = time.monotonic()
+    by_about = {json.dumps(cell.about()): cell for cell in left}
     for result in results(left, args.jobs):
-        done.append(result)
+        about = {name: result[name] for name in left[0].about()}
+        known_bound = None if args.rate else dict(bound(by_about[json.dumps(about)]))
+        done.append({**result, "bound": known_bound})
         if args.json is not None:
             write_json(args.json, _in_order(done, cells))
         _progress(len(done), len(cells), time.monotonic() - started)
@@ -438,7 +454,7 @@ def _progress(done: int, total: int, seconds: float) -> None:
 
 _HEADER: Final = (
     "workload", "arrivals", "profile", "policy", "parameters", "replicas", "seed", "floor ms", "req/s per GPU",
-    "strict", "blocks", "mean", "by tokens", "sessions", "planner ms p50/p99",
+    "bound", "strict", "blocks", "mean", "by tokens", "sessions", "planner ms p50/p99",
 )  # fmt: skip
 
 
@@ -457,18 +473,23 @@ def _line(result: Mapping[str, Any]) -> tuple[str, ...]:
     told = "-" if not parameters else " ".join(f"{name}={value:g}" for name, value in parameters.items())
     where = [told, str(result["replicas"]), str(result["seed"]), f"{result['ttft_floor_ms']:g}"]
     if "attainment" not in result:
-        return (*about, *where, "0", *["-"] * 6)
+        return (*about, *where, "0", _bound_text(result), *["-"] * 6)
     shares = [f"{100 * result['attainment'][rule]:.1f} %" for rule in RULES]
     planner = result["planner_ms"]
     return (
         *about,
         *where,
         _rates(result),
+        _bound_text(result),
         *shares,
         f"{100 * result['token_weighted_attainment']:.1f} %",
         str(result["sessions"]),
         f"{planner['median']:.2f} / {planner['p99']:.2f}",
     )
+
+
+def _bound_text(result: Mapping[str, Any]) -> str:
+    return f"{result['bound']['least']:.3g}" if result.get("bound") else "-"
 
 
 def _rates(result: Mapping[str, Any]) -> str:
