@@ -34,6 +34,7 @@ from slos_serve.scheduler.distserve import Disaggregated, Link, Replica
 from slos_serve.scheduler.simulator import Outcome, SimulatedEngine, simulate
 
 from .cells import Profile, Turn
+from .settings import SETTINGS, Setting
 
 Parameters: TypeAlias = Mapping[str, float]
 
@@ -60,8 +61,9 @@ def group_size(parameters: Parameters) -> int:
     return int(parameters.get("prefill", 1) + parameters.get("decode", 0))
 
 
-def _ours(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
-    return Scheduler(capabilities, perf)
+def ours(setting: Setting) -> Policy:
+    """Our planner in one setting for all cells."""
+    return Policy(lambda capabilities, perf, parameters: Scheduler(capabilities, perf, setting.config()), ({},))
 
 
 def _published(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
@@ -87,8 +89,7 @@ def _distserve(capabilities: Capabilities, perf: PerfModel, parameters: Paramete
 
 # What is best most often comes first: the better the first, the sooner the others are ruled out.
 EXAMINED: Final[Mapping[str, Policy]] = {
-    "slos_serve": Policy(_ours, ({},)),
-    "slos_serve_paper": Policy(_published, tuple({"cap": cap} for cap in (0.1, 0.06, 0.2, 0.04))),
+    "slos_serve": ours(SETTINGS[""]),
     "sarathi": Policy(_sarathi, tuple({"budget": budget} for budget in (1024, 512, 256, 2048, 128, 4096))),
     "vllm": Policy(_vllm, tuple({"budget": budget} for budget in (4096, 2048, 8192))),
     "qoserve": Policy(
@@ -106,6 +107,14 @@ EXAMINED: Final[Mapping[str, Policy]] = {
             for prefill, decode in ((1, 1), (2, 1), (1, 2), (1, 3))
         ),
     ),
+}
+
+
+# The baselines' own defaults, for comparisons that do not tune them.
+UNTUNED: Final[Mapping[str, Parameters]] = {
+    "sarathi": {"budget": 512},
+    "vllm": {"budget": 2048},
+    "qoserve": {"alpha": 1.0, "cap": 0.2},
 }
 
 

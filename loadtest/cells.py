@@ -69,9 +69,18 @@ def profiles() -> list[str]:
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
+LINEAR: Final = "-linear"
+
+
 @cache
 def load_profile(name: str) -> Profile:
-    """A shipped profile. Raises ValueError listing the known names."""
+    """A shipped profile; with the suffix `-linear` without its attention terms, as the paper models time.
+
+    Raises ValueError listing the known names.
+    """
+    if name.endswith(LINEAR):
+        whole = load_profile(name.removesuffix(LINEAR))
+        return replace(whole, name=name, perf=replace(whole.perf, per_context=0.0, per_area=0.0))
     known("profile", name, profiles())
     data = json.loads(files("slos_serve.scheduler").joinpath("profiles", f"{name}.json").read_text())
     return _profile(data)
@@ -302,15 +311,17 @@ class Turn:
 
 
 def turns(
-    arrivals: Sequence[Arrival], profile: Profile, targets: Mapping[str, Target], floor: float
+    arrivals: Sequence[Arrival], profile: Profile, targets: Mapping[str, Target], floor: float, *, told: bool = False
 ) -> tuple[list[Turn], int]:
     """The first round of each session, later ones linked to it; and how many sessions were left out.
+
+    With `told` each request says how long its output will be.
 
     Left out are those with a round that alone exceeds the KV memory. Raises ValueError for an unknown class.
     """
     sessions = by_session(arrivals)
     fitting = [rounds for rounds in sessions if all(_fits(each, profile) for each in rounds)]
-    firsts = [_linked(rounds, unit, profile, targets, floor) for unit, rounds in enumerate(fitting)]
+    firsts = [_linked(rounds, unit, profile, targets, floor, told) for unit, rounds in enumerate(fitting)]
     return firsts, len(sessions) - len(fitting)
 
 
@@ -332,7 +343,7 @@ def check_trace(path: Path, profile: Profile, targets: Mapping[str, Target]) -> 
 
 
 def _linked(
-    rounds: Sequence[Arrival], unit: int, profile: Profile, targets: Mapping[str, Target], floor: float
+    rounds: Sequence[Arrival], unit: int, profile: Profile, targets: Mapping[str, Target], floor: float, told: bool
 ) -> Turn:
     turn: Turn | None = None
     delay = 0.0
@@ -351,6 +362,7 @@ def _linked(
             hidden,
             slo_class=arrival.slo_class,
             session=None if len(rounds) == 1 else str(unit),
+            expected_new_tokens=float(arrival.output_tokens) if told else None,
         )
         turn = Turn(request, arrival.output_tokens, stages, unit, turn, delay)
         delay = arrival.tool_delay
