@@ -217,8 +217,8 @@ ARRIVALS: Final = (*PROCESSES, *RECORDED)
 
 
 @cache
-def _trace(path: Path) -> tuple[Arrival, ...]:
-    return tuple(read_trace(path))
+def _trace(path: Path, default_class: str = "chatbot") -> tuple[Arrival, ...]:
+    return tuple(read_trace(path, default_class))
 
 
 def horizon(load: Load, lifetime: float, rate: float, share: float = 1.0) -> float:
@@ -329,9 +329,9 @@ def _fits(arrival: Arrival, profile: Profile) -> bool:
     return arrival.prompt_tokens + arrival.output_tokens < profile.kv_capacity_tokens
 
 
-def check_trace(path: Path, profile: Profile, targets: Mapping[str, Target]) -> None:
+def check_trace(path: Path, profile: Profile, targets: Mapping[str, Target], default_class: str = "chatbot") -> None:
     """Raises ValueError naming file, line and field of the first row that this cell can never serve."""
-    for (line, _), arrival in zip(rows(path), _trace(path), strict=True):
+    for (line, _), arrival in zip(rows(path), _trace(path, default_class), strict=True):
         if arrival.slo_class not in targets:
             names = ", ".join(sorted(targets))
             raise ValueError(f"{path}, line {line}: slo_class: unknown class {arrival.slo_class!r}; known: {names}")

@@ -30,7 +30,7 @@ COLOURS: Final[Mapping[str, str]] = {
     "vllm": "#8fb8de",
     "distserve": "#9b72aa",
 }
-BOUND: Final = "#444444"
+OTHER: Final = "#999999"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +145,16 @@ def _where(profile: str, arrivals: str, floor: float, replicas: int) -> str:
 def _bars(axes: Any, rows: Sequence[str], columns: Sequence[str], value: Callable[[str, str], float | None]) -> None:
     """Groups of bars, one for each row, a colour for each column; the number above each bar."""
     width = 0.84 / len(columns)
+    labelled: set[str] = set()
     for index, column in enumerate(columns):
         for place, row in enumerate(rows):
             height = value(row, column)
             if height is None:
                 continue
             at = place + (index - (len(columns) - 1) / 2) * width
-            axes.bar(
-                at, height, width * 0.92, color=COLOURS.get(column, "#999999"), label=column if not place else None
-            )
+            label = None if column in labelled else column
+            labelled.add(column)
+            axes.bar(at, height, width * 0.92, color=COLOURS.get(column, OTHER), label=label)
             axes.annotate(
                 f"{height:.2f}",
                 (at, height),
@@ -223,7 +224,7 @@ def _distance(family: tuple[Any, ...], group: Sequence[Result]) -> Picture:
         axes.plot([0, 1], [place, place], color="#dddddd", linewidth=6, solid_capstyle="round", zorder=1)
         for cell in group:
             if cell["workload"] == row:
-                colour = COLOURS.get(cell["policy"], "#999999")
+                colour = COLOURS.get(cell["policy"], OTHER)
                 ours = cell["policy"] == "slos_serve"
                 share = headline(cell) / bounds[row]
                 label = cell["policy"] if not place else None
@@ -262,7 +263,7 @@ def _curves(family: tuple[Any, ...], group: Sequence[Result]) -> Picture:
                 if point["parameters"] == cell["parameters"] and point["complete"]
             )
             if points:
-                colour = COLOURS.get(policy, "#999999")
+                colour = COLOURS.get(policy, OTHER)
                 width = 2.4 if policy == "slos_serve" else 1.3
                 axes.plot(
                     *zip(*points, strict=True), marker="o", markersize=3.5, linewidth=width, color=colour, label=policy
@@ -290,7 +291,7 @@ def _burst(found: Result) -> Picture:
     above, below = subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for policy, timeline in found["policies"].items():
         attained = _windowed(timeline["attained_per_second"], timeline["arrived_per_second"], 4)
-        colour, width = COLOURS.get(policy, "#999999"), 2.2 if policy == "slos_serve" else 1.3
+        colour, width = COLOURS.get(policy, OTHER), 2.2 if policy == "slos_serve" else 1.3
         inside = timeline["attained"]["inside"]
         label = f"{policy} (inside the burst {100 * inside:.0f} %)"
         above.plot(range(len(attained)), attained, color=colour, linewidth=width, label=label)
@@ -385,7 +386,7 @@ def _scaling(cells: Sequence[Result]) -> list[Picture]:
         for policy in _policies(group):
             points = sorted((cell["replicas"], headline(cell)) for cell in group if cell["policy"] == policy)
             if len(points) > 1:
-                axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS.get(policy, "#999999"), label=policy)
+                axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS.get(policy, OTHER), label=policy)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0)
