@@ -360,12 +360,12 @@ class Search:
                 best = index, step
         return best
 
-    def read(self, rule: Rule, target: float, width: int = 6) -> tuple[int, float] | None:
-        """The best (index, step) of the finalists by interpolation, after points `width` steps apart are played.
+    def read(self, rule: Rule, target: float, width: int = 8) -> tuple[int, float] | None:
+        """The better (index, step) of the first two finalists by interpolation between points that are played.
 
-        Attainment is taken as linear between two points of the curve that are at most so far apart.
+        Attainment is taken as linear between two points of the curve that are at most `width` steps apart.
         """
-        found = [(self._crossing(index, rule, target, width), index) for index in self.finalists]
+        found = [(self._crossing(index, rule, target, width), index) for index in self.finalists[:2]]
         steps = [(step, -index) for step, index in found if step is not None]
         return (-max(steps)[1], max(steps)[0]) if steps else None
 
