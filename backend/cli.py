@@ -31,6 +31,8 @@ SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
     "train": Subcommand("slos_serve.backend.train", "train the small demonstration models"),
     "admit": Subcommand("slos_serve.backend.admit_file", "admission decisions for planning problems in a file"),
     "exam": Subcommand("slos_serve.loadtest.exam", "capacity of each policy within its SLOs, in virtual time"),
+    "plan": Subcommand("slos_serve.loadtest.plan", "how many replicas a trace needs to keep its promises"),
+    "exam-report": Subcommand("slos_serve.loadtest.exam_report", "draw the results of an exam as one HTML page"),
     "pack-traces": Subcommand("slos_serve.loadtest.traces", "rebuild the compact trace data from the public files"),
     "bench-engine": Subcommand("slos_serve.backend.bench_engine", "measure the engine's tokens per second"),
 }

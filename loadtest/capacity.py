@@ -34,10 +34,13 @@ from slos_serve.scheduler.distserve import Disaggregated, Link, Replica
 from slos_serve.scheduler.simulator import Outcome, SimulatedEngine, simulate
 
 from .cells import Profile, Turn
+from .settings import SETTINGS, Setting
 
 Parameters: TypeAlias = Mapping[str, float]
 
 STEPS_PER_DOUBLING: Final = 24  # of the grid of rates: neighbours differ by 2.9 %
+FINALISTS: Final = 3  # settings of a sweep that are played whole
+FINALIST_GAP: Final = 0.05  # of attainment behind the best in the rehearsal, at most
 DECODE_SIDE_BUDGET: Final = 512  # tokens a batch where only what lost its memory is prefilled again
 LENGTH_CLASSES: Final = 4  # quartiles of prompt plus output
 
@@ -58,8 +61,9 @@ def group_size(parameters: Parameters) -> int:
     return int(parameters.get("prefill", 1) + parameters.get("decode", 0))
 
 
-def _ours(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
-    return Scheduler(capabilities, perf)
+def ours(setting: Setting) -> Policy:
+    """Our planner in one setting for all cells."""
+    return Policy(lambda capabilities, perf, parameters: Scheduler(capabilities, perf, setting.config()), ({},))
 
 
 def _published(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
@@ -85,8 +89,7 @@ def _distserve(capabilities: Capabilities, perf: PerfModel, parameters: Paramete
 
 # What is best most often comes first: the better the first, the sooner the others are ruled out.
 EXAMINED: Final[Mapping[str, Policy]] = {
-    "slos_serve": Policy(_ours, ({},)),
-    "slos_serve_paper": Policy(_published, tuple({"cap": cap} for cap in (0.1, 0.06, 0.2, 0.04))),
+    "slos_serve": ours(SETTINGS[""]),
     "sarathi": Policy(_sarathi, tuple({"budget": budget} for budget in (1024, 512, 256, 2048, 128, 4096))),
     "vllm": Policy(_vllm, tuple({"budget": budget} for budget in (4096, 2048, 8192))),
     "qoserve": Policy(
@@ -100,11 +103,18 @@ EXAMINED: Final[Mapping[str, Policy]] = {
     "distserve": Policy(
         _distserve,
         tuple(
-            {"prefill": prefill, "decode": decode, "budget": budget}
-            for budget in (512, 2048)
+            {"prefill": prefill, "decode": decode, "budget": 512}
             for prefill, decode in ((1, 1), (2, 1), (1, 2), (1, 3))
         ),
     ),
+}
+
+
+# The baselines' own defaults, for comparisons that do not tune them.
+UNTUNED: Final[Mapping[str, Parameters]] = {
+    "sarathi": {"budget": 512},
+    "vllm": {"budget": 2048},
+    "qoserve": {"alpha": 1.0, "cap": 0.2},
 }
 
 
@@ -123,7 +133,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One run in numbers: shares of all sessions that attained, by rule; CPU milliseconds of plans after an arrival.
+    """One run in numbers: shares of all sessions that attained, by rule; CPU milliseconds of a plan after an arrival.
 
     `token_weighted` counts each session by its prompt and output tokens; `by_length` gives the strict share
     of each quartile of that size, shortest first; `p99_gap` is the P99 time between tokens in seconds.
@@ -315,31 +325,49 @@ def score(firsts: Sequence[Turn], played: Played, **about: Any) -> Score:
     )
 
 
-def rate_at(step: int) -> float:
+def rate_at(step: float) -> float:
     """Sessions per second at a point of the grid."""
     return float(2.0 ** (step / STEPS_PER_DOUBLING))
 
 
 @dataclass(slots=True)
 class Search:
-    """Capacities of one policy in one cell. `evaluate(parameters, step)` plays one point of the grid."""
+    """Capacities of one policy in one cell.
+
+    `evaluate(parameters, step)` plays one point of the grid and `rehearse` a short version of it, which is only
+    used to find where to start and which parameters are worth the whole play.
+    """
 
     sweep: Sequence[Parameters]
     evaluate: Callable[[Parameters, int], Score]
     start: int
+    rehearse: Callable[[Parameters, int], Score] | None = None
     span: int = 10 * STEPS_PER_DOUBLING  # a factor of 1000 below `start` counts as no capacity
+    finalists: list[int] = field(default_factory=list)
     _played: dict[tuple[int, int], Score] = field(default_factory=dict)
 
     def capacity(self, rule: Rule, target: float) -> tuple[int, int] | None:
         """The best (index into the sweep, step) with at least `target` attained under `rule`; None: nowhere."""
+        self.finalists = list(range(len(self.sweep)))
+        if self.rehearse is not None:
+            self._rehearsal(self.rehearse, rule, target)
         best: tuple[int, int] | None = None
-        for index in range(len(self.sweep)):
+        for index in self.finalists:
             if best is not None and not self._passes(index, best[1] + 1, rule, target):
                 continue
             step = self._highest(index, self.start if best is None else best[1] + 1, rule, target)
             if step is not None:
                 best = index, step
         return best
+
+    def read(self, rule: Rule, target: float, width: int = 8) -> tuple[int, float] | None:
+        """The better (index, step) of the first two finalists by interpolation between points that are played.
+
+        Attainment is taken as linear between two points of the curve that are at most `width` steps apart.
+        """
+        found = [(self._crossing(index, rule, target, width), index) for index in self.finalists[:2]]
+        steps = [(step, -index) for step, index in found if step is not None]
+        return (-max(steps)[1], max(steps)[0]) if steps else None
 
     def played(self, index: int, step: int) -> Score:
         if (index, step) not in self._played:
@@ -353,6 +381,19 @@ class Search:
 
     def _passes(self, index: int, step: int, rule: Rule, target: float) -> bool:
         return self.played(index, step).attainment[rule] >= target
+
+    def _rehearsal(self, rehearse: Callable[[Parameters, int], Score], rule: Rule, target: float) -> None:
+        """Search on short plays and a coarse grid; leaves the start and the best few parameters behind."""
+        stride = 4
+        coarse = Search(self.sweep, lambda parameters, step: rehearse(parameters, step * stride), self.start // stride)
+        best = coarse.capacity(rule, target)
+        if best is None:
+            return
+        self.start = best[1] * stride
+        near = {index: coarse.played(index, best[1] + 1).attainment[rule] for index in range(len(self.sweep))}
+        ranked = sorted((index for index in near if index != best[0]), key=lambda index: -near[index])
+        close = [index for index in ranked if near[index] >= target - FINALIST_GAP]
+        self.finalists = [best[0], *close[: FINALISTS - 1]]
 
     def _highest(self, index: int, start: int, rule: Rule, target: float) -> int | None:
         """Gallop from `start` until the edge is between two steps, then bisect."""
@@ -370,3 +411,30 @@ class Search:
             middle = (low + high) // 2
             low, high = (middle, high) if self._passes(index, middle, rule, target) else (low, middle)
         return low
+
+    def _crossing(self, index: int, rule: Rule, target: float, width: int) -> float | None:
+        """Where the curve of one setting falls below the target, in steps of the grid."""
+        known = sorted(step for which, step in self._played if which == index)
+        low = max((step for step in known if self._passes(index, step, rule, target)), default=None)
+        if low is None:
+            low = self._downhill(index, known[0] if known else self.start, rule, target)
+        if low is None:
+            return None
+        high = min((step for step in known if step > low), default=None)
+        if high is None:
+            high = low + width
+            while self._passes(index, high, rule, target):
+                low, high = high, high + width
+        while high - low > (width if self.played(index, high).complete else 1):
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._passes(index, middle, rule, target) else (low, middle)
+        above, below = (self.played(index, step).attainment[rule] for step in (low, high))
+        return low + (high - low) * (above - target) / (above - below) if high - low > 1 else low
+
+    def _downhill(self, index: int, start: int, rule: Rule, target: float) -> int | None:
+        step, stride = start, 8
+        while not self._passes(index, step := step - stride, rule, target):
+            if start - step > self.span:
+                return None
+            stride = 2 * stride
+        return step
