@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from slos_serve.backend.config import DEFAULT_CLASSES
+from slos_serve.backend.generation import Generation, Output
 from slos_serve.backend.metrics import Metrics, Numbers
 from slos_serve.backend.refusal import Refusal
 from slos_serve.backend.responder import Reply, Responder
 from slos_serve.backend.roster import Roster
 from slos_serve.backend.sessions import Sessions
 from slos_serve.backend.tokenizer import Tokenizer
-from slos_serve.backend.torch_engine import Generation, Output
 from slos_serve.backend.translate import Limits, Translator
 from slos_serve.backend.worker import Worker
 from slos_serve.client import wire
