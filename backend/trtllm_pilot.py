@@ -138,11 +138,21 @@ class Pilot:
     # The engine's calls
 
     def schedule(self, active: Sequence[Any], inflight: Collection[int]) -> Any:
-        """The next batch, as the engine's SchedulerOutput. Never raises what the planner raised."""
-        batch = self._follow(active, inflight) if self._cockpit.collective else self._decide(active, inflight)
+        """The next batch, as the engine's SchedulerOutput. What goes wrong here costs one iteration of ours."""
+        collective = self._cockpit.collective
+        if collective is not None and not self._cockpit.is_leader:
+            batch = self._as_told(collective(None), active)
+        else:
+            try:
+                batch = self._decide(active, inflight)
+            except Exception as error:
+                self._fault(error)
+                batch = None
+            if collective is not None:  # on every path: the other ranks wait for it
+                collective(_compact(batch))
         if isinstance(batch, Wish):
             return self._carry_out(batch)
-        return batch
+        return self._cockpit.stock.schedule_request(active, inflight) if batch is None else batch
 
     def can_schedule(self, requests: Sequence[Any]) -> bool:
         """For pipeline parallelism, which is not driven: as the stock says."""
@@ -396,20 +406,10 @@ class Pilot:
 
     # All ranks
 
-    def _follow(self, active: Sequence[Any], inflight: Collection[int]) -> Wish | Any:
-        """Rank 0 decides and tells; the others do as told. The collective is reached on every path."""
-        collective = self._cockpit.collective
-        assert collective is not None
-        if self._cockpit.is_leader:
-            decided: Any = None
-            try:
-                decided = self._decide(active, inflight)
-            finally:
-                collective(_compact(decided))
-            return decided
-        orders = collective(None)
+    def _as_told(self, orders: Any, active: Sequence[Any]) -> Wish | None:
+        """Rank 0's batch about this rank's own requests; None: as the stock says, which all ranks ask alike."""
         if orders is None:
-            return self._cockpit.stock.schedule_request(active, inflight)
+            return None
         here = {seen.number: seen for seen in self._look(active)}
         contexts, decodes, paused = orders
         return Wish(

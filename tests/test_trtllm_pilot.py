@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import trtllm_standin as standin
-from trtllm_standin import RELEASES, Executor, Release, expected_tokens
+from trtllm_standin import RELEASES, Drafter, Executor, Release, expected_tokens
 
 from slos_serve.backend.trtllm_pilot import Cockpit, Mode, Pilot, Ticket
 from slos_serve.backend.trtllm_probe import capabilities_of, limits_of, prepare, probe, scheduler_class
@@ -532,3 +532,64 @@ def test_trim_never_adds_to_the_stock_batch() -> None:
         for field in ("context_requests", "generation_requests"):
             assert {id(r) for r in getattr(ours, field)} <= {id(r) for r in getattr(theirs, field)}
     assert any(len(o.generation_requests) < len(t.generation_requests) for o, t in zip(taken, chosen, strict=True))
+
+
+# Guesses
+
+
+@ALL
+def test_the_planner_chooses_the_draft_length_of_every_batch(release: Release) -> None:
+    """The drafter asks before the batch is scheduled: the plan is made there, and used once."""
+    lengths: list[int] = []
+    accepted = 0
+    for seed in range(10):
+        executor = engine(release, False, random.Random(seed), drafter=Drafter(3, wrong=5), max_num_tokens=32)
+        flight = Flight(executor, Mode.FULL, seed)
+        assert executor.drafter is not None
+        set_length = executor.drafter.update_max_total_draft_tokens
+
+        def noted(length: int, set_length: Callable[[int], None] = set_length) -> None:
+            lengths.append(length)
+            set_length(length)
+
+        executor.drafter.update_max_total_draft_tokens = noted  # type: ignore[method-assign]
+        flight.run(10, cancels=0.03)
+        flight.check()
+        assert not flight.pilot.counts["fault"]
+        accepted += sum(advance.accepted for report in flight.diary.reports for advance in report.advances)
+    assert {0, 3} <= set(lengths)
+    assert accepted > 20
+
+
+# Several ranks
+
+
+@ALL
+@BOTH
+def test_all_ranks_run_what_rank_0_planned(release: Release, overlap: bool) -> None:
+    """Only rank 0 plans; also when its planner fails, every rank runs the same batch."""
+    for seed in range(10):
+        chance = random.Random(seed)
+        told: list[Any] = []
+        leader = Flight(
+            engine(release, overlap, random.Random(seed)), Mode.FULL, seed,
+            lambda planner, chance=chance: Broken(planner, lambda: chance.random() < 0.05),
+        )  # fmt: skip
+        follower = Flight(engine(release, overlap, random.Random(seed)), Mode.FULL, seed, dice(seed))
+        for flight, first in ((leader, True), (follower, False)):
+            pilot = flight.pilot
+            pilot._cockpit = replace(
+                pilot._cockpit,
+                is_leader=first,
+                collective=told.append if first else lambda value, told=told: told.pop(0),
+            )
+        for client in range(12):
+            leader.send(client)
+            follower.send(client)
+        for _ in range(MOST_STEPS):
+            if leader.executor.is_idle:
+                break
+            assert leader.step() == follower.step()
+            assert told == []
+        for flight in (leader, follower):
+            flight.check()
