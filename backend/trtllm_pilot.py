@@ -21,13 +21,14 @@ from __future__ import annotations
 import enum
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from slos_serve.scheduler.core import Advance, Plan, Request, RequestId, Stage, StepReport
+from slos_serve.scheduler.core import Advance, Plan, Request, RequestId, Snapshot, Stage, StepReport
 from slos_serve.scheduler.engine import Planner
+from slos_serve.scheduler.perf import BatchShape
 
 from .trtllm_batch import Legal, Limits, Wish, legal, output
 from .trtllm_view import Phase, Seen, look
@@ -38,6 +39,8 @@ FAULTS_TO_STEP_DOWN: Final = 3
 SLOW_SECONDS: Final = 0.05
 WARM_UP_ITERATIONS: Final = 3
 EMPTY_SECONDS: Final = 0.001
+SNAPSHOT_SECONDS: Final = 0.2
+SAMPLES: Final = 4096
 
 
 class Mode(enum.Enum):
@@ -70,6 +73,7 @@ class Watcher(Protocol):
     def stepped(self, plan: Plan, report: StepReport, planning: float) -> None: ...
     def event(self, kind: str, detail: str) -> None: ...  # repair, fallback, fault, slow, difference, step_down
     def planned(self, plan: Plan, clients: Mapping[RequestId, int]) -> None: ...
+    def measured(self, snapshot: Snapshot) -> None: ...  # a few times a second
 
 
 class Collective(Protocol):
@@ -130,6 +134,10 @@ class Pilot:
         self._evicted: set[RequestId] = set()  # given up by the planner, not yet by the engine
         self._flight: _Flight | None = None
         self._ran: set[int] = set()  # the engine's ids in the last batch that was not empty
+        self.samples: deque[tuple[BatchShape, float]] = deque(maxlen=SAMPLES)  # batches that ran, and their seconds
+        self._shape: BatchShape | None = None
+        self._entered_at = 0.0
+        self._snapshot_at = 0.0
         self._iterations = 0
         self._faults = 0
         self._ahead: tuple[list[Seen], Wish] | None = None  # planned when the draft length was asked for
@@ -153,6 +161,11 @@ class Pilot:
         if isinstance(batch, Wish):
             return self._carry_out(batch)
         return self._cockpit.stock.schedule_request(active, inflight) if batch is None else batch
+
+    @property
+    def stock(self) -> Any:
+        """The scheduler that the engine came with."""
+        return self._cockpit.stock
 
     def can_schedule(self, requests: Sequence[Any]) -> bool:
         """For pipeline parallelism, which is not driven: as the stock says."""
@@ -206,7 +219,16 @@ class Pilot:
         return self._legal(chosen, view, inflight)
 
     def _look(self, active: Sequence[Any]) -> list[Seen]:
+        self._time(active)
         return look(active, self._cockpit.states, self._ran if self._cockpit.is_unread() else ())
+
+    def _time(self, active: Sequence[Any]) -> None:
+        """From one call to the next is one turn of the loop. Where all have left, it may have slept between."""
+        now = self._clock()
+        shape, self._shape = self._shape, None
+        if shape is not None and any(request.request_id in self._ran for request in active):
+            self.samples.append((shape, now - self._entered_at))
+        self._entered_at = now
 
     def _wish(self, view: list[Seen], inflight: Collection[int]) -> Wish | None:
         """What the planner wants; None when it failed, is not asked, or cannot serve what is there."""
@@ -240,6 +262,9 @@ class Pilot:
         if plan.chunks or plan.evicted:
             self._flight = _Flight(plan, now, planned - now)
         self._watcher.planned(plan, self._clients)
+        if now >= self._snapshot_at:
+            self._snapshot_at = now + SNAPSHOT_SECONDS
+            self._watcher.measured(self._planner.snapshot())
         wish = self._translate(plan, view)
         if planned - now > SLOW_SECONDS:
             raise TimeoutError(f"planning took {planned - now:.3f} s, at most {SLOW_SECONDS} s are given")
@@ -403,6 +428,7 @@ class Pilot:
         """Who ran last. An empty batch runs nobody: the one before it stays on the device, or was read."""
         if not batch.is_empty:
             self._ran = batch.ids()
+            self._shape = _shape(batch)
 
     # All ranks
 
@@ -446,6 +472,14 @@ class Pilot:
     def _count(self, kind: str, detail: str) -> None:
         self.counts[kind] += 1
         self._watcher.event(kind, detail)
+
+
+def _shape(batch: Wish) -> BatchShape:
+    """What the time of a batch depends on."""
+    drafts = [seen.draft for seen in batch.decodes]
+    area = sum(size * (seen.position + 0.5 * size) for seen, size in batch.contexts)
+    tokens = sum(size for _, size in batch.contexts) + len(drafts) + sum(drafts)
+    return BatchShape(tokens, sum(seen.believed for seen in batch.decodes), area, max(drafts, default=0))
 
 
 def _rest(stages: Sequence[Stage], generated: int) -> tuple[Stage, ...]:

@@ -39,6 +39,9 @@ class Diary:
     def planned(self, plan: Plan, clients: Mapping[str, int]) -> None:
         assert {chunk.request_id for chunk in plan.chunks} <= set(clients)
 
+    def measured(self, snapshot: Snapshot | None) -> None:
+        pass
+
 
 class Flight:
     """An engine with a pilot, requests with all kinds of SLOs, and what they must generate."""
@@ -200,7 +203,7 @@ class Dice:
         return self.chance.choice([0, 0, 2])
 
     def snapshot(self) -> Snapshot:
-        raise NotImplementedError
+        return Snapshot(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def dice(seed: int, **odds: float) -> Callable[[Planner], Planner]:

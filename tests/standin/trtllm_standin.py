@@ -65,9 +65,9 @@ RELEASES = (
 )
 
 
-def next_token(tokens: Sequence[int]) -> int:
+def next_token(tokens: Sequence[int], vocabulary: int = VOCABULARY) -> int:
     """The model: what follows these tokens."""
-    return hash(tuple(tokens)) % VOCABULARY
+    return hash(tuple(tokens)) % vocabulary
 
 
 def expected_tokens(prompt: Sequence[int], max_new_tokens: int) -> list[int]:
@@ -100,6 +100,7 @@ class LlmRequest:
         self.py_rewind_len = 0
         self.py_decoding_iter = 0
         self.py_last_context_chunk: tuple[int, int] = (0, 0)
+        self.end_id = END_ID
         self.is_dummy = self.is_attention_dp_dummy = self.is_cuda_graph_dummy = False
         self._tokens = list(prompt)
         self._chunk = len(prompt)
@@ -514,7 +515,9 @@ class Executor:
         max_utilization: bool = False,
         drafter: Drafter | None = None,
         seconds: Callable[[int, int], float] = lambda tokens, context: 0.01 + 0.0001 * tokens,
+        vocabulary: int = VOCABULARY,
     ) -> None:
+        self.vocabulary = vocabulary
         self.release = release
         self.disable_overlap_scheduler = not overlap
         self.kv_cache_manager = KVCacheManager(num_blocks, tokens_per_block, reuse, release.stores_computed_only)
@@ -550,9 +553,11 @@ class Executor:
 
     # What the front does
 
-    def enqueue(self, client_id: int, prompt: Sequence[int], max_new_tokens: int) -> None:
+    def enqueue(self, client_id: int, prompt: Sequence[int], max_new_tokens: int, end_id: int = END_ID) -> None:
         self._ids += 1
-        self._waiting.append(LlmRequest(self._ids, client_id, prompt, max_new_tokens))
+        request = LlmRequest(self._ids, client_id, prompt, max_new_tokens)
+        request.end_id = end_id
+        self._waiting.append(request)
         self.outputs[client_id] = []
 
     def cancel(self, client_id: int) -> None:
@@ -708,7 +713,7 @@ class Executor:
             request.py_batch_idx = request.py_seq_slot
             tokens += size
             if request.is_last_context_chunk:
-                sampled[request.py_request_id] = [next_token(cache.read(request.py_request_id, start + size))]
+                sampled[request.py_request_id] = [self._next(request.py_request_id, start + size)]
         for request in batch.generation_requests:
             if previous is None or request.py_batch_idx is None:
                 known, past = request.get_last_tokens(0), request.max_beam_num_tokens - 1
@@ -729,11 +734,14 @@ class Executor:
         self.clock += self._seconds(tokens, context)
         return SampleState(batch, sampled, drafted)
 
+    def _next(self, name: int, length: int) -> int:
+        return next_token(self.kv_cache_manager.read(name, length), self.vocabulary)
+
     def _verify(self, name: int, past: int, inputs: Sequence[int]) -> list[int]:
         """One token more than the guesses that the model agrees with."""
         gained: list[int] = []
         for i in range(len(inputs)):
-            gained.append(next_token(self.kv_cache_manager.read(name, past + i + 1)))
+            gained.append(self._next(name, past + i + 1))
             if i + 1 < len(inputs) and inputs[i + 1] != gained[-1]:
                 break
         return gained
@@ -773,7 +781,7 @@ class Executor:
         for token in tokens:
             request.add_new_token(token, 0)
             reason = None
-            if token == END_ID:
+            if token == request.end_id:
                 reason = "stop"
             elif request.get_num_tokens(0) >= request.orig_prompt_len + request.py_max_new_tokens:
                 reason = "length"
