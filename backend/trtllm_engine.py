@@ -202,6 +202,19 @@ def build(config: EngineConfig, version_dir: Path) -> TrtllmBuilt:
     codec = Tokenizer(folder if (folder / "tokenizer_config.json").exists() else version_dir / "tokenizer")
     llm = _load(config, version_dir, api, is_compiled)
     log.info("TensorRT-LLM %s loaded %s in %.1f s", api.version, folder, time.monotonic() - started)
+    try:
+        built = _build(config, version_dir, api, llm, codec, is_compiled)
+    except BaseException:
+        llm.shutdown()  # it holds the GPU's memory
+        raise
+    log.info("ready after %.1f s: %s", time.monotonic() - started, built.capabilities)
+    return built
+
+
+def _build(
+    config: EngineConfig, version_dir: Path, api: Any, llm: Any, codec: Tokenizer, is_compiled: bool
+) -> TrtllmBuilt:
+    folder = version_dir / config.model
     engine = getattr(getattr(llm, "_executor", None), "engine", None)
     front = LlmFront(llm, api.SamplingParams, end_ids(folder), None if is_compiled else engine)
     takes = None if is_compiled or not api.has_inner or engine is None else engine
@@ -225,14 +238,12 @@ def build(config: EngineConfig, version_dir: Path) -> TrtllmBuilt:
             return None
         return install(takes, api, capabilities, perf, config, mode, watcher, tickets)
 
-    built = TrtllmBuilt(
+    return TrtllmBuilt(
         front, codec, vocab_size, perf, capabilities, findings,
         most_active=int(getattr(takes, "max_num_active_requests", config.max_batch_requests)),
         stage_end=codec.token_id(config.think_end),
         take_over=take_over,
     )  # fmt: skip
-    log.info("ready after %.1f s: %s", time.monotonic() - started, capabilities)
-    return built
 
 
 # Settings
@@ -264,6 +275,8 @@ def check_settings(config: EngineConfig, version_dir: Path) -> None:
         raise ValueError(
             f"max_batch_tokens: must hold one block of {config.block_tokens} tokens, got {config.max_batch_tokens}"
         )
+    if config.profile and not (version_dir / config.profile).exists():
+        raise ValueError(f"profile: there is no file {version_dir / config.profile}; set null to measure at start")
     if config.draft_model:
         _check_vocabularies(version_dir / config.model, version_dir / config.draft_model, own.speculation)
 
@@ -472,10 +485,7 @@ def _time_model(
     `shadow` lets a pilot look on. Where none can, a common iteration time is assumed, and said so.
     """
     if config.profile:
-        path = version_dir / config.profile
-        if not path.exists():
-            raise ValueError(f"profile: there is no file {path}; set null to measure at start")
-        return Profile.read(path).perf
+        return Profile.read(version_dir / config.profile).perf
     found = shipped_profile(_gpu_name(), version_dir / config.model, config.tensorrt_llm.tensor_parallel)
     if found is not None:
         log.info("time model of %s", found[0])

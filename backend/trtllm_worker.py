@@ -205,6 +205,7 @@ class TrtllmWorker:
             log.exception("the front of the engine failed with %d requests in flight", len(self._jobs))
             self._die(error)
         finally:
+            self._loop.run_until_complete(self._end_tasks())
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
 
     async def _beat(self) -> None:
@@ -216,6 +217,8 @@ class TrtllmWorker:
             self._observer.turned(self._seen())
             self._turn()
             await asyncio.sleep(BEAT_SECONDS)
+
+    async def _end_tasks(self) -> None:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

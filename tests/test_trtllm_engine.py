@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +16,15 @@ import torch
 from callers import PATIENCE, Caller
 from trtllm_standin import next_token
 
+from slos_serve.backend import trtllm_engine
 from slos_serve.backend.build import build_engine
 from slos_serve.backend.config import parse_config
 from slos_serve.backend.metrics import Metrics, Numbers
+from slos_serve.backend.refusal import Refusal
 from slos_serve.backend.responder import Reply, Responder
 from slos_serve.backend.roster import Roster
 from slos_serve.backend.sessions import Sessions
+from slos_serve.backend.shipped import shipped_profile
 from slos_serve.backend.translate import Limits, Translator
 from slos_serve.backend.trtllm_engine import TrtllmBuilt
 from slos_serve.client import wire
@@ -152,3 +157,189 @@ def test_requests_are_answered_with_a_receipt(
         if name == "slos_serve_trtllm_mode"
     }
     assert [dict(labels)["mode"] for labels, value in gauges.items() if value] == [mode]
+
+
+def test_a_caller_may_leave_and_a_stop_string_ends_a_text(replica: Callable[..., Replica]) -> None:
+    """Cancelling and stopping both free the engine, which goes on with the others."""
+    running = replica(mode="full", overlap=True)
+    gone = running.send("gone", input_ids=[9] * 20, max_tokens=90)
+    text = running.send("text", input_ids=[7, 7, 7], max_tokens=40).wait().text
+    stopped = running.send("stopped", input_ids=[7, 7, 7], max_tokens=40, stop=[text[3:5]]).wait()
+    assert stopped.text == text[: text.index(text[3:5])]
+    assert stopped.finish_reason == "stop"
+    gone.has_hung_up = True
+    gone.wait()
+    assert running.send("again", input_ids=[7, 7, 7], max_tokens=40).wait().text == text
+
+
+def test_a_text_sent_twice_in_a_session_keeps_its_history(replica: Callable[..., Replica]) -> None:
+    """A later round starts with the tokens of the one before, as they were generated."""
+    running = replica(mode="full")
+    first = running.send("a", text_input="def f(x)", session_id="s", max_tokens=8).wait()
+    second = running.send("b", text_input=f"def f(x){first.text} return", session_id="s", max_tokens=8).wait()
+    assert second.receipt["prompt_tokens"] > first.receipt["prompt_tokens"]
+
+
+def test_thinking_has_a_pace_and_a_stage_of_its_own(replica: Callable[..., Replica]) -> None:
+    """The receipt tells both stages."""
+    running = replica(mode="full")
+    receipt = (
+        running.send("r", input_ids=[3, 4, 5], max_tokens=20, thinking_tokens=8, slo_class="reasoning").wait().receipt
+    )
+    assert [stage["tokens"] for stage in receipt["stages"]] == [8, receipt["tokens"] - 8]
+
+
+def test_a_dead_engine_is_noticed_and_everybody_is_answered(
+    version: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When TensorRT-LLM's loop ends, what is in flight gets INTERNAL and nothing more is accepted."""
+    monkeypatch.setenv("STANDIN_FAILS_AT", "30")
+    running = Replica(version, {"mode": "full"}, {})
+    caller = running.send("r", input_ids=[5] * 9, max_tokens=110)
+    caller.wait()
+    assert caller.refusal is not None
+    assert caller.refusal.code == "INTERNAL"
+    assert "event loop has ended" in str(running.failure)
+    with pytest.raises(Refusal) as refused:
+        running.send("late", input_ids=[5], max_tokens=1)
+    assert refused.value.code == "UNAVAILABLE"
+    running.close()
+
+
+def test_unloading_answers_what_is_in_flight(replica: Callable[..., Replica]) -> None:
+    """What does not end in time is UNAVAILABLE."""
+    running = replica(mode="full")
+    callers = [running.send(f"r{i}", input_ids=[5 + i] * 9, max_tokens=110) for i in range(6)]
+    running.close()
+    codes = {caller.wait().refusal.code for caller in callers if caller.wait().refusal is not None}
+    assert codes == {"UNAVAILABLE"}
+
+
+def test_a_warm_up_run_measures_what_no_profile_knows(
+    replica: Callable[..., Replica], version: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that no shipped profile is about gets a time model from batches that really ran."""
+    path = version / "target" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": 64}))
+    monkeypatch.setattr(trtllm_engine, "WARM_UP_SECONDS", 0.5)
+    running = replica(mode="full")
+    assert 0.001 < running.built.prefill_seconds(1) < 0.012
+    assert running.send("r", input_ids=[5] * 9, max_tokens=5).wait().receipt["tokens"]
+
+
+def test_shipped_profiles_are_chosen_by_gpu_and_model(version: Path) -> None:
+    """A name that contains the card, and the model's shape; host time is added."""
+    found = shipped_profile("NVIDIA H100 80GB HBM3", version / "target", 1)
+    assert found is not None
+    assert found[0] == "h100-llama-3-8b"
+    assert shipped_profile("NVIDIA H100 80GB HBM3", version / "target", 8) is None
+    assert shipped_profile("NVIDIA L4", version / "target", 1) is None
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "message"),
+    [
+        ({"dtype": "float32"}, {}, "dtype: tensorrt_llm computes in bfloat16 or float16"),
+        ({"model": "nowhere"}, {}, "nowhere has no config.json"),
+        ({"policy": "luck"}, {}, "policy: must be one of"),
+        ({"block_tokens": 12}, {}, "block_tokens: must be a power of two, got 12"),
+        ({"max_batch_tokens": 4}, {}, "max_batch_tokens: must hold one block"),
+        ({}, {"speculation": "draft_target"}, "draft_model: speculation 'draft_target' needs one"),
+        ({"draft_model": "target"}, {"speculation": "ngram"}, "draft_model: speculation 'ngram' has none"),
+        ({"max_draft": 0}, {"speculation": "ngram"}, "max_draft: speculation 'ngram' needs at least 1"),
+        ({}, {"speculation": "ngram", "overlap": True, "mode": "full"}, "overlap: must be false"),
+        ({}, {"tensor_parallel": 2, "mode": "full"}, "mode: 'full' needs the engine in this process"),
+        ({}, {"tensor_parallel": 2}, "tensor_parallel: 2 GPUs are needed, 1 are there"),
+        ({"profile": "mine.json"}, {}, "profile: there is no file"),
+    ],
+)
+def test_what_cannot_be_served_is_named_at_load(
+    version: Path, gpu: None, settings: dict[str, Any], own: dict[str, Any], message: str
+) -> None:
+    """The model stays not ready, and the message says which setting and what was got."""
+    config = parse_config(json.dumps({**SETTINGS, **settings, "tensorrt_llm": own}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_engine(config, version)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"mode": "fast"}, "tensorrt_llm: mode: must be one of auto, full"),
+        ({"kv_fraction": 1.5}, "tensorrt_llm: kv_fraction: must be a number between 0 and 1, got 1.5"),
+        ({"overlap": 1}, "tensorrt_llm: overlap: must be true or false, got 1"),
+        ({"tensor_parallel": 0}, "tensorrt_llm: tensor_parallel: must be an integer of at least 1, got 0"),
+        ({"tp": 2}, "tensorrt_llm: its settings: unknown key 'tp'"),
+        ([], "tensorrt_llm: its settings: must be a JSON object, got []"),
+    ],
+)
+def test_wrong_settings_are_named(own: Any, message: str) -> None:
+    """As for all settings."""
+    with pytest.raises(ValueError, match=r"^engine\.json: " + re.escape(message)):
+        parse_config(json.dumps({"tensorrt_llm": own}))
+
+
+def test_a_machine_without_tensorrt_llm_says_where_it_comes_from(
+    version: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in NVIDIA's image."""
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
+    with pytest.raises(ValueError, match=r"nvcr\.io/nvidia/tritonserver"):
+        build_engine(parse_config(json.dumps(SETTINGS)), version)
+
+
+def test_a_machine_without_a_gpu_or_with_an_old_one_is_refused(
+    version: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-LLM would fail later and in more words."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    with pytest.raises(ValueError, match=r"capability 7\.5, at least 8\.0 is needed"):
+        build_engine(parse_config(json.dumps(SETTINGS)), version)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="1 GPUs are needed, 0 are there"):
+        build_engine(parse_config(json.dumps(SETTINGS)), version)
+
+
+@pytest.mark.parametrize(
+    ("build", "own", "message"),
+    [
+        ({"plugin_config": {"paged_kv_cache": False}}, {}, "built without a paged KV cache"),
+        ({"plugin_config": {"use_paged_context_fmha": False}}, {}, "built without chunked context"),
+        ({"max_num_tokens": 32}, {}, "max_batch_tokens: "),
+        ({}, {"mode": "full"}, "a compiled engine can only be governed"),
+        ({}, {"tensor_parallel": 2}, "was built for 1, got 2"),
+        ({}, {}, "a compiled engine folder, and this TensorRT-LLM runs none"),
+    ],
+)
+def test_a_compiled_engine_that_cannot_be_served_is_refused(
+    version: Path, gpu: None, build: dict[str, Any], own: dict[str, Any], message: str
+) -> None:
+    """Its own configuration says how it was built."""
+    folder = version / "target"
+    (folder / "rank0.engine").touch()
+    (folder / "config.json").write_text(json.dumps({"build_config": build, "pretrained_config": {"vocab_size": 304}}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_engine(parse_config(json.dumps({**SETTINGS, "tensorrt_llm": own})), version)
+
+
+def test_a_draft_of_another_vocabulary_is_refused(version: Path, gpu: None) -> None:
+    """Its guesses would be other tokens."""
+    shutil.copytree(version / "target", version / "draft")
+    (version / "draft" / "config.json").write_text(json.dumps({"vocab_size": 100}))
+    settings = {**SETTINGS, "draft_model": "draft", "tensorrt_llm": {"speculation": "draft_target"}}
+    with pytest.raises(ValueError, match=r"has a vocabulary of 100, .* one of 304"):
+        build_engine(parse_config(json.dumps(settings)), version)
+
+
+def test_speculation_is_planned_where_the_drafter_asks(replica: Callable[..., Replica]) -> None:
+    """The planner's draft length reaches the engine, and the text is the same as without."""
+    running = replica({"max_draft": 3}, mode="full", speculation="ngram")
+    assert running.built.capabilities.max_draft == 3
+    caller = running.send("r", input_ids=[4, 5, 6], max_tokens=60, return_token_ids=True).wait()
+    ids = [token for response in caller.responses for token in response.get("output_ids", [])]
+    assert ids == answer([4, 5, 6], 60)
+    running.close()
+    assert sum(running.counted("slos_serve_accepted_tokens_total").values()) > 0
