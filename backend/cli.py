@@ -32,6 +32,7 @@ SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
     "admit": Subcommand("slos_serve.backend.admit_file", "admission decisions for planning problems in a file"),
     "exam": Subcommand("slos_serve.loadtest.exam", "capacity of each policy within its SLOs, in virtual time"),
     "pack-traces": Subcommand("slos_serve.loadtest.traces", "rebuild the compact trace data from the public files"),
+    "trtllm-check": Subcommand("slos_serve.backend.trtllm_check", "try the planner inside TensorRT-LLM on this GPU"),
     "bench-engine": Subcommand("slos_serve.backend.bench_engine", "measure the engine's tokens per second"),
 }
 

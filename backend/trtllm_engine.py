@@ -7,7 +7,7 @@
              -> Pilot in the scheduler's place              trtllm_pilot.py
 
 With one GPU the engine runs in this process (TLLM_WORKER_USE_SINGLE_PROCESS), so its scheduler is an attribute
-away. With several it runs in processes of its own; `trtllm_ranks.py` takes over there.
+away. With several it runs in processes of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,11 +85,11 @@ class LlmFront:
         self._llm = llm
         self._make_params = make_params
         self._end_ids = tuple(end_ids)
-        self._engine = engine
+        self.engine = engine
 
     @property
     def is_alive(self) -> bool:
-        thread = getattr(self._engine, "worker_thread", None)
+        thread = getattr(self.engine, "worker_thread", None)
         return thread is None or bool(thread.is_alive())
 
     def generate(
@@ -147,7 +148,10 @@ class TrtllmBuilt:
     findings: Findings
     most_active: int
     stage_end: int | None
-    take_over: Callable[[Any, Tickets], Pilot | None]
+    version: str
+    gpu: str
+    mode: Mode
+    install: Callable[[Mode, Any, Tickets, Callable[[], Planner] | None], Pilot | None]
 
     @property
     def max_context(self) -> int:
@@ -179,7 +183,7 @@ class TrtllmBuilt:
         worker = TrtllmWorker(
             self.front, gate, tickets, lambda: mode().value, voice, observer, roster, sessions, failed, self.stage_end
         )
-        pilot = self.take_over(worker, tickets)
+        pilot = self.install(self.mode, worker, tickets, None)
         if pilot is not None:
             pilots.append(pilot)
         for reason in self.findings.reasons:
@@ -225,24 +229,25 @@ def _build(
 
     vocab_size = _vocab_size(folder, codec)
 
-    def shadow() -> Pilot | None:
+    def put(
+        wanted: Mode, watcher: Any, tickets: Tickets, planner: Callable[[], Planner] | None, perf: PerfModel
+    ) -> Pilot | None:
         if mode is Mode.GOVERNOR:
             return None
-        unmeasured = PerfModel.from_json(UNMEASURED)
-        return install(takes, api, capabilities, unmeasured, config, Mode.SHADOW, _Nobody(), Tickets())
+        make = planner or (lambda: POLICIES[config.policy](capabilities, perf))
+        return install(takes, api, make, wanted, watcher, tickets)
 
+    unmeasured = PerfModel.from_json(UNMEASURED)
+    shadow = partial(put, Mode.SHADOW, _Nobody(), Tickets(), None, unmeasured)
     perf = _time_model(config, version_dir, front, shadow, vocab_size)
-
-    def take_over(watcher: Any, tickets: Tickets) -> Pilot | None:
-        if mode is Mode.GOVERNOR:
-            return None
-        return install(takes, api, capabilities, perf, config, mode, watcher, tickets)
-
     return TrtllmBuilt(
         front, codec, vocab_size, perf, capabilities, findings,
         most_active=int(getattr(takes, "max_num_active_requests", config.max_batch_requests)),
         stage_end=codec.token_id(config.think_end),
-        take_over=take_over,
+        version=api.version,
+        gpu=_gpu_name(),
+        mode=mode,
+        install=partial(put, perf=perf),
     )  # fmt: skip
 
 
@@ -429,19 +434,13 @@ def drafts(engine: Any) -> int:
 def install(
     engine: Any,
     api: Any,
-    capabilities: Capabilities,
-    perf: PerfModel,
-    config: EngineConfig,
+    make_planner: Callable[[], Planner],
     mode: Mode,
     watcher: Any,
     tickets: Mapping[int, Ticket],
 ) -> Pilot:
     """Put a pilot in the place of a live, idle engine's scheduler, which becomes its stock."""
-
-    def make_planner() -> Planner:
-        return POLICIES[config.policy](capabilities, perf)
-
-    stock = getattr(getattr(engine.scheduler, "pilot", None), "stock", engine.scheduler)
+    stock = uninstall(engine)
     cache = engine.kv_cache_manager
     cockpit = Cockpit(
         stock=stock,
@@ -462,6 +461,14 @@ def install(
         )
     engine.scheduler = scheduler_class(api)(pilot)
     return pilot
+
+
+def uninstall(engine: Any) -> Any:
+    """Give an idle engine its own scheduler and draft lengths back; returns that scheduler."""
+    engine.scheduler = getattr(getattr(engine.scheduler, "pilot", None), "stock", engine.scheduler)
+    if getattr(engine, "drafter", None) is not None:
+        vars(engine.drafter).pop("get_draft_len_for_batch_size", None)
+    return engine.scheduler
 
 
 def _warm_up(planner: Planner) -> None:
