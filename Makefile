@@ -1,6 +1,7 @@
 # make demo    start the server, play a minute of mixed traffic, show the result   (ARGS="--seconds 20" reaches it)
 # make test    the tests, on the installed package                                 (ARGS="-k launcher" reaches pytest)
 # make check   format, lint, types
+# make trtllm-check  in NVIDIA's Triton + TensorRT-LLM image, on a GPU: MODEL=model_repository/slos_llm/1
 # make clean   remove everything that make made
 # Each sets up .venv first where it must. PYTHON=python3.12 chooses the interpreter, any from 3.10 to 3.12.
 
@@ -15,7 +16,7 @@ WITH_PIP = $(PYTHON) -m venv --clear --without-pip .venv && PYTHONPATH="$$($(PYT
 PACKAGES := scheduler backend client loadtest
 SOURCES := $(shell find $(PACKAGES) -not -path '*__pycache__*')
 
-.PHONY: demo test check clean
+.PHONY: demo test check clean trtllm-check
 
 demo: .venv/installed
 	$(BIN)/slos-serve demo $(ARGS)
@@ -29,6 +30,10 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	rm -rf .types && mkdir .types && cp -r .venv/lib/python3*/site-packages/slos_serve .types/
 	MYPYPATH=.types $(BIN)/mypy --explicit-package-bases -p slos_serve
+
+# Not in .venv: TensorRT-LLM is in the image's own Python, where docker/Dockerfile has installed this package.
+trtllm-check:
+	slos-serve trtllm-check $(MODEL) $(ARGS)
 
 clean:
 	rm -rf .venv .types build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -135,8 +135,7 @@ class _Bench:
         self._computed: dict[str, int] = {}
 
     def add(self, name: str, prompt: Sequence[int], new_tokens: int | None = None) -> None:
-        from .sampling import SamplingParams
-        from .torch_engine import Generation
+        from .generation import Generation, SamplingParams
 
         limit = new_tokens or self._room - len(prompt)
         self._computed[name] = self.engine.add(Generation(name, prompt, (limit,), SamplingParams(ignore_eos=True)))

@@ -5,24 +5,61 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from slos_serve.scheduler import POLICIES, BatchShape, PerfModel, Request, Slo, Stage
 from slos_serve.scheduler.engine import Planner
 
 from .config import EngineConfig
 from .loading import Loaded, load_engine
+from .metrics import Metrics
 from .profiling import SHORT_SECONDS, Profile, fit_samples, measure
+from .responder import Reply
+from .roster import Roster
+from .sessions import Sessions
 from .tokenizer import Codec
-from .worker import ServingEngine
+from .worker import Observer, ServingEngine, Voice, Worker
 
 log = logging.getLogger(__name__)
 
 
+class AnyWorker(Protocol):
+    """What takes the requests of one replica, whoever owns the engine's loop."""
+
+    def start(self) -> None: ...
+    def submit(self, reply: Reply) -> None: ...
+    def cancel(self, reply: Reply) -> None: ...
+    def close(self, drain: float) -> None: ...
+
+
+class Replica(Protocol):
+    """A loaded engine with what its callers need to know, and how to put a worker on it."""
+
+    @property
+    def codec(self) -> Codec: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def perf(self) -> PerfModel: ...
+    @property
+    def max_context(self) -> int: ...
+    def prefill_seconds(self, tokens: int) -> float: ...
+    def worker(
+        self,
+        voice: Voice,
+        observer: Metrics,
+        roster: Roster,
+        sessions: Sessions,
+        failed: Callable[[BaseException], None],
+    ) -> AnyWorker: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Built:
-    """Everything one replica runs with."""
+    """A replica on the PyTorch engine."""
 
     engine: ServingEngine
     codec: Codec
@@ -44,9 +81,23 @@ class Built:
         areas = [size * (start + 0.5 * size) for start, size in zip(starts, sizes, strict=True)]
         return math.fsum(self.perf.seconds(BatchShape(n, 0, area)) for n, area in zip(sizes, areas, strict=True))
 
+    def worker(
+        self,
+        voice: Voice,
+        observer: Observer,
+        roster: Roster,
+        sessions: Sessions,
+        failed: Callable[[BaseException], None],
+    ) -> Worker:
+        return Worker(self.scheduler, self.engine, voice, observer, roster, sessions, failed)
 
-def build_engine(config: EngineConfig, version_dir: Path) -> Built:
+
+def build_engine(config: EngineConfig, version_dir: Path) -> Replica:
     """Load, warm up and time everything. Raises ValueError or OSError naming what is wrong."""
+    if config.engine == "tensorrt_llm":
+        from .trtllm_engine import build
+
+        return build(config, version_dir)
     if config.policy not in POLICIES:
         raise ValueError(f"policy: must be one of {', '.join(POLICIES)}, got {config.policy!r}")
     started = time.monotonic()

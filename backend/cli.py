@@ -34,6 +34,7 @@ SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
     "plan": Subcommand("slos_serve.loadtest.plan", "how many replicas a trace needs to keep its promises"),
     "exam-report": Subcommand("slos_serve.loadtest.exam_report", "draw the results of an exam as one HTML page"),
     "pack-traces": Subcommand("slos_serve.loadtest.traces", "rebuild the compact trace data from the public files"),
+    "trtllm-check": Subcommand("slos_serve.backend.trtllm_check", "try the planner inside TensorRT-LLM on this GPU"),
     "bench-engine": Subcommand("slos_serve.backend.bench_engine", "measure the engine's tokens per second"),
 }
 

@@ -19,41 +19,14 @@ import torch
 from slos_serve.scheduler.core import Advance, Capabilities, Chunk, Plan, StepReport
 
 from .attention import Span
+from .generation import Generation, Output
 from .hf_model import LoadedModel, PagedModel, check_draft
 from .kv_pool import KvPool
-from .sampling import Row, SamplingParams
+from .sampling import Row
 from .sequence import Gain, Sequence, as_ids
 from .speculation import NO_GUESS, Ask, Drafter, Guess, ModelDrafter, NgramDrafter, verify
 
 _NO_GAIN = Gain(())
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What to generate: a prompt, the most new tokens of each stage (several: thinking, then the answer), how.
-
-    `stop` is called with every new token in order; True finishes the request, the token is kept.
-    """
-
-    request_id: str
-    token_ids: Many[int]
-    stage_limits: tuple[int, ...]
-    sampling: SamplingParams
-    stop: Callable[[int], bool] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one request gained in a step. `finish_reason`: None, or "stop", "length" or "error" in its last one.
-
-    Of `drafted` guesses that were really made, `accepted` are among the tokens.
-    """
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-    drafted: int = 0
-    accepted: int = 0
 
 
 @dataclass(slots=True, eq=False)

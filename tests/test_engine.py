@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from slos_serve.backend.attention import Span
+from slos_serve.backend.generation import Generation, Output, SamplingParams
 from slos_serve.backend.hf_model import LoadedModel, ModelError, PagedModel, load_model
-from slos_serve.backend.sampling import SamplingParams
-from slos_serve.backend.torch_engine import Generation, Output, TorchEngine
+from slos_serve.backend.torch_engine import TorchEngine
 from slos_serve.scheduler.core import Advance, Chunk, Plan
 
 VOCABULARY = 96
