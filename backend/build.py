@@ -10,10 +10,12 @@ from pathlib import Path
 
 from slos_serve.scheduler import POLICIES, BatchShape, PerfModel, Request, Slo, Stage
 from slos_serve.scheduler.engine import Planner
+from slos_serve.scheduler.recording import Header, Recorder
 
 from .config import EngineConfig
 from .loading import Loaded, load_engine
 from .profiling import SHORT_SECONDS, Profile, fit_samples, measure
+from .replay_file import Tape
 from .tokenizer import Codec
 from .worker import ServingEngine
 
@@ -53,8 +55,12 @@ def build_engine(config: EngineConfig, version_dir: Path) -> Built:
     loaded = load_engine(config, version_dir)
     log.info("model %s loaded in %.1f s", version_dir / config.model, time.monotonic() - started)
     perf = _time_model(config, version_dir, loaded)
-    scheduler = POLICIES[config.policy](loaded.engine.capabilities, perf)
+    scheduler: Planner = POLICIES[config.policy](loaded.engine.capabilities, perf)
     _warm_up(POLICIES[config.policy](loaded.engine.capabilities, perf))
+    if config.record:
+        header = Header(config.policy, loaded.engine.capabilities, perf)
+        scheduler = Recorder(scheduler, header, Tape(version_dir / config.record).write)
+        log.info("recording to %s", version_dir / config.record)
     log.info("%s is ready after %.1f s: %s", config.policy, time.monotonic() - started, loaded.engine.capabilities)
     return Built(loaded.engine, loaded.codec, loaded.vocab_size, scheduler, perf)
 
