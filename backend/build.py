@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from slos_serve.scheduler import POLICIES, BatchShape, PerfModel, Request, Slo, Stage
+from slos_serve.scheduler import POLICIES, Advance, BatchShape, PerfModel, Request, Slo, Stage, StepReport
 from slos_serve.scheduler.engine import Planner
 from slos_serve.scheduler.recording import Header, Recorder
 
@@ -84,7 +84,8 @@ def _time_model(config: EngineConfig, version_dir: Path, loaded: Loaded) -> Perf
 
 
 def _warm_up(scheduler: Planner) -> None:
-    """Plan once for a request with and one without an SLO, so that the first real plan compiles nothing."""
+    """Plan and report for a request with and one without an SLO, so that the first real ones compile nothing."""
     for name, slo in (("promised", Slo(10.0, 1.0)), ("free", None)):
         scheduler.add(Request(name, 0.0, 1, (Stage(1, slo),)), 0.0)
-    scheduler.plan(0.0)
+    plan = scheduler.plan(0.0)
+    scheduler.report(StepReport(0.0, 1.0, tuple(Advance(each.request_id, 1, 1, done=True) for each in plan.chunks)))

@@ -31,6 +31,7 @@ SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
     "train": Subcommand("slos_serve.backend.train", "train the small demonstration models"),
     "admit": Subcommand("slos_serve.backend.admit_file", "admission decisions for planning problems in a file"),
     "replay": Subcommand("slos_serve.backend.replay_file", "check that a recorded run's plans are made again"),
+    "reality": Subcommand("slos_serve.loadtest.reality", "the simulator's prediction against the real server"),
     "exam": Subcommand("slos_serve.loadtest.exam", "capacity of each policy within its SLOs, in virtual time"),
     "pack-traces": Subcommand("slos_serve.loadtest.traces", "rebuild the compact trace data from the public files"),
     "bench-engine": Subcommand("slos_serve.backend.bench_engine", "measure the engine's tokens per second"),
