@@ -258,17 +258,28 @@ def paged_attention(
     Stores the batch's keys and values [1, kv heads, tokens, head dim] first. The mask is not used: a token
     sees the tokens of its own request up to itself.
     """
-    layer = cast(int, module.layer_idx)
-    cache = slos_batch.cache
-    cache.write(layer, slos_batch.kv_writes, key[0].transpose(0, 1), value[0].transpose(0, 1))
     _, heads, tokens, head_dim = query.shape
-    rows = (query[0].transpose(0, 1) * scaling).reshape(tokens, heads * head_dim).float()
+    layer = cast(int, module.layer_idx)
+    parts = (each[0].transpose(0, 1) for each in (query, key, value))
+    return attend(slos_batch, layer, *parts, scaling).view(1, tokens, heads, head_dim), None
+
+
+def attend(
+    batch: Batch, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention of all tokens of `batch`: query [tokens, heads, head dim] to [tokens, heads * head dim].
+
+    Stores the batch's keys and values [tokens, kv heads, head dim] first.
+    """
+    cache = batch.cache
+    cache.write(layer, batch.kv_writes, key, value)
+    rows = (query * scaling).reshape(len(query), -1).float()
     out = torch.zeros_like(rows)
-    for group in slos_batch.groups:
+    for group in batch.groups:
         out.index_copy_(0, group.queries, _attend_group(cache, layer, group, rows))
-    for chunk in slos_batch.longs:
-        _attend_long(cache, layer, chunk, slos_batch.causal, rows, out)
-    return out.to(query.dtype).view(1, tokens, heads, head_dim), None
+    for chunk in batch.longs:
+        _attend_long(cache, layer, chunk, batch.causal, rows, out)
+    return out.to(query.dtype)
 
 
 def _attend_group(cache: KvCache, layer: int, group: _Group, rows: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ import torch
 
 from . import attention
 from .attention import ROWS, KvCache, Span
+from .lean import LeanDecoder, is_lean
 
 SUPPORTED: Final = ("llama", "mistral", "opt", "qwen2", "qwen3")
 _ROPES: Final = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -60,18 +62,28 @@ class PagedModel:
         self.cache = KvCache(
             loaded.num_layers, loaded.kv_heads, loaded.head_dim, num_blocks, block_tokens, loaded.dtype, loaded.device
         )
+        lean = is_lean(loaded.model)
+        self._lean = LeanDecoder(loaded.model, loaded.num_heads, loaded.kv_heads, loaded.head_dim) if lean else None
 
     def forward(self, spans: Sequence[Span], rows: Sequence[int]) -> torch.Tensor:
         """Compute `spans` as one batch; the logits [len(rows), vocabulary] of the packed rows `rows`."""
         batch = attention.pack(spans, self.cache, self.loaded.num_heads // self.loaded.kv_heads)
-        hidden: torch.Tensor = self.loaded.model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, slos_batch=batch
-        ).last_hidden_state[0]
+        hidden = self._hidden(batch)
         if not rows:
             return hidden.new_empty(0, self.loaded.vocab_size)
         picked = np.resize(rows, -(-len(rows) // ROWS) * ROWS)  # repeats rows to fill up
         logits: torch.Tensor = self.loaded.model.lm_head(hidden[torch.from_numpy(picked).to(hidden.device)])
         return logits[: len(rows)]
+
+    def _hidden(self, batch: attention.Batch) -> torch.Tensor:
+        """Hidden states [tokens, hidden] of a batch."""
+        if self._lean is not None:
+            attend = partial(attention.attend, batch, scaling=self.loaded.head_dim**-0.5)
+            return self._lean(batch.input_ids[0], batch.position_ids[0], attend)
+        hidden: torch.Tensor = self.loaded.model.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, slos_batch=batch
+        ).last_hidden_state[0]
+        return hidden
 
 
 def load_model(
