@@ -10,17 +10,15 @@ No host synchronisation and no shape that depends on values, so that a CUDA grap
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import torch
 from torch.nn import functional
 
-FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
+from .attention import Attend
 
-# layer, query [tokens, heads, head dim], key and value [tokens, kv heads, head dim] to [tokens, heads * head dim]
-Attend: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +64,7 @@ class LeanDecoder:
         self._norm = decoder.norm.weight
         self._eps = float(model.config.rms_norm_eps)
         self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
+        self._scaling = head_dim**-0.5
         self._layers = [_layer(layer) for layer in decoder.layers]
 
     def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend) -> torch.Tensor:
@@ -88,10 +87,10 @@ class LeanDecoder:
         heads = layer.qkv(self._normed(x, layer.before_attention)).view(len(x), -1, self._head_dim)
         turned, value = heads[:, : -self._kv_heads], heads[:, -self._kv_heads :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            query, key = turned.split((self._heads, self._kv_heads), dim=1)
+            query, key = torch.split(turned, [self._heads, self._kv_heads], dim=1)
             turned = torch.cat((self._normed(query, layer.q_norm), self._normed(key, layer.k_norm)), dim=1)
         turned = torch.addcmul(turned * cos, turned.roll(self._head_dim // 2, dims=-1), sin)
-        out = attend(index, turned[:, : self._heads], turned[:, self._heads :], value)
+        out = attend(index, turned[:, : self._heads], turned[:, self._heads :], value, self._scaling)
         return layer.output.added_to(x, out)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -117,7 +116,7 @@ def _layer(layer: Any) -> _Layer:
 def _fused(*products: torch.nn.Linear) -> _Product:
     """Several products of the same input as one; each keeps a view of its part of the weights."""
     weight = torch.cat([product.weight.data.t() for product in products], dim=1).contiguous()
-    parts = weight.split([product.out_features for product in products], dim=1)
+    parts = torch.split(weight, [product.out_features for product in products], dim=1)
     for product, part in zip(products, parts, strict=True):
         product.weight.data = part.t()
     if products[0].bias is None:
