@@ -1,6 +1,7 @@
 # make demo    start the server, play a minute of mixed traffic, show the result   (ARGS="--seconds 20" reaches it)
 # make test    the tests, on the installed package                                 (ARGS="-k launcher" reaches pytest)
 # make check   format, lint, types
+# make gpu-check   correctness and speed of the engine on this machine's GPU       (ARGS="--tiny" needs none)
 # make clean   remove everything that make made
 # Each sets up .venv first where it must. PYTHON=python3.12 chooses the interpreter, any from 3.10 to 3.12.
 
@@ -15,13 +16,16 @@ WITH_PIP = $(PYTHON) -m venv --clear --without-pip .venv && PYTHONPATH="$$($(PYT
 PACKAGES := scheduler backend client loadtest
 SOURCES := $(shell find $(PACKAGES) -not -path '*__pycache__*')
 
-.PHONY: demo test check clean
+.PHONY: demo test check gpu-check clean
 
 demo: .venv/installed
 	$(BIN)/slos-serve demo $(ARGS)
 
 test: .venv/installed
 	$(BIN)/pytest $(ARGS)
+
+gpu-check: .venv/installed
+	$(BIN)/slos-serve gpu-check $(ARGS)
 
 # mypy does not report on what lies in site-packages, so it is shown a copy of what was installed there.
 check: .venv/installed

@@ -56,7 +56,7 @@ def build_engine(config: EngineConfig, version_dir: Path) -> Built:
     log.info("model %s loaded in %.1f s", version_dir / config.model, time.monotonic() - started)
     perf = _time_model(config, version_dir, loaded)
     scheduler: Planner = POLICIES[config.policy](loaded.engine.capabilities, perf)
-    _warm_up(POLICIES[config.policy](loaded.engine.capabilities, perf))
+    warm_up(POLICIES[config.policy](loaded.engine.capabilities, perf))
     if config.record:
         header = Header(config.policy, loaded.engine.capabilities, perf)
         scheduler = Recorder(scheduler, header, Tape(version_dir / config.record).write)
@@ -83,7 +83,7 @@ def _time_model(config: EngineConfig, version_dir: Path, loaded: Loaded) -> Perf
     return perf
 
 
-def _warm_up(scheduler: Planner) -> None:
+def warm_up(scheduler: Planner) -> None:
     """Plan and report for a request with and one without an SLO, so that the first real ones compile nothing."""
     for name, slo in (("promised", Slo(10.0, 1.0)), ("free", None)):
         scheduler.add(Request(name, 0.0, 1, (Stage(1, slo),)), 0.0)

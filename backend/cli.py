@@ -34,6 +34,9 @@ SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
     "reality": Subcommand("slos_serve.loadtest.reality", "the simulator's prediction against the real server"),
     "exam": Subcommand("slos_serve.loadtest.exam", "capacity of each policy within its SLOs, in virtual time"),
     "pack-traces": Subcommand("slos_serve.loadtest.traces", "rebuild the compact trace data from the public files"),
+    "gpu-check": Subcommand(
+        "slos_serve.backend.gpu_check", "correctness and speed on a GPU, measured beside simulated"
+    ),
     "bench-engine": Subcommand("slos_serve.backend.bench_engine", "measure the engine's tokens per second"),
 }
 

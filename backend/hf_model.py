@@ -149,6 +149,22 @@ def load_model(
     return _facts(folder, _load(folder, dtype, torch.device(device)), dtype, torch.device(device))
 
 
+def random_model(config: Any, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> LoadedModel:
+    """A model of this transformers configuration with random weights, made on the device: nothing is read.
+
+    Its `folder` is the name of the configuration's family and does not exist.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+    model = model.eval()
+    _lay_out_weights(model)
+    return _facts(Path(config.model_type), model, dtype, torch.device(device))
+
+
 def check_draft(target: LoadedModel, draft: LoadedModel) -> None:
     """Raise ModelError when `draft` cannot propose tokens for `target`."""
     if draft.vocab_size != target.vocab_size:

@@ -229,13 +229,17 @@ def _progress(ledger: Ledger, seconds: float) -> str:
 
 
 async def measured_rate(
-    callers: Sequence[tuple[str, Caller, float]], rng: Rng, load: float = LOAD, seconds: float = PROBE_SECONDS
+    callers: Sequence[tuple[str, Caller, float]],
+    rng: Rng,
+    load: float = LOAD,
+    seconds: float = PROBE_SECONDS,
+    concurrency: int = PROBE_REQUESTS,
 ) -> tuple[float, float]:
     """The rate (arrivals per second) that asks for `load` of the tokens per second measured now, and those."""
     sample = traffic(rng, rate=10.0, seconds=60.0)
     ready = shots(sample, callers[:1], rng, prefix=_run_name())
     rng.shuffle(ready)  # type: ignore[arg-type]
-    tokens_per_second = await probe(ready, PROBE_REQUESTS, seconds)
+    tokens_per_second = await probe(ready, concurrency, seconds)
     tokens_per_arrival = sum(arrival.output_tokens for arrival in sample) / (10.0 * 60.0)
     return max(LEAST_RATE, load * tokens_per_second / tokens_per_arrival), tokens_per_second
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from slos_serve.backend.cli import main
-from slos_serve.loadtest.reality import ALL, compare, gap, lives, turnaround
 from slos_serve.scheduler import POLICIES, Capabilities, PerfModel, Piece, Request, Slo, Stage
+from slos_serve.scheduler.comparison import ALL, compare, gap, lives, turnaround
 from slos_serve.scheduler.recording import Header, Recorder, Recording, read
 from slos_serve.scheduler.simulator import Outcome, SimulatedEngine, simulate
 
@@ -62,7 +62,7 @@ def test_the_live_side_is_what_was_recorded() -> None:
     }
     assert all(life.ended for life in found.values())
     assert turnaround(recording.calls) == pytest.approx(0.003)
-    rows = compare(recording, {"load": lambda name: name.startswith("load-")})
+    rows = compare(recording, POLICIES["slos_serve"], {"load": lambda name: name.startswith("load-")})
     assert [row.slo_class for row in rows] == ["chat", "code", "free", ALL]
     promised = [
         outcome for name, outcome in outcomes.items() if name.startswith("load-") and outcome.request.stages[0].slo
@@ -76,7 +76,7 @@ def test_the_live_side_is_what_was_recorded() -> None:
 def test_the_simulation_starts_from_what_the_server_had_learned(slowness: float) -> None:
     """A machine that is slower or faster than its profile is predicted all the same, after a while of serving."""
     recording, _ = run(slowness, 0.002, seed=3)
-    (*_, whole) = compare(recording, {"load": lambda name: name.startswith("load-")})
+    (*_, whole) = compare(recording, POLICIES["slos_serve"], {"load": lambda name: name.startswith("load-")})
     live, model = whole.live, whole.simulated
     assert model.attained == pytest.approx(live.attained, abs=0.05)
     assert model.ttft_ms == pytest.approx(live.ttft_ms, rel=0.1)
