@@ -2,6 +2,7 @@
 # make test    the tests, on the installed package                                 (ARGS="-k launcher" reaches pytest)
 # make check   format, lint, types
 # make trtllm-check  in NVIDIA's Triton + TensorRT-LLM image, on a GPU: MODEL=model_repository/slos_llm/1
+# make gpu-check   correctness and speed of the engine on this machine's GPU       (ARGS="--tiny" needs none)
 # make clean   remove everything that make made
 # Each sets up .venv first where it must. PYTHON=python3.12 chooses the interpreter, any from 3.10 to 3.12.
 
@@ -16,13 +17,16 @@ WITH_PIP = $(PYTHON) -m venv --clear --without-pip .venv && PYTHONPATH="$$($(PYT
 PACKAGES := scheduler backend client loadtest
 SOURCES := $(shell find $(PACKAGES) -not -path '*__pycache__*')
 
-.PHONY: demo test check clean trtllm-check
+.PHONY: demo test check gpu-check trtllm-check clean
 
 demo: .venv/installed
 	$(BIN)/slos-serve demo $(ARGS)
 
 test: .venv/installed
 	$(BIN)/pytest $(ARGS)
+
+gpu-check: .venv/installed
+	$(BIN)/slos-serve gpu-check $(ARGS)
 
 # mypy does not report on what lies in site-packages, so it is shown a copy of what was installed there.
 check: .venv/installed

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from slos_serve.scheduler import POLICIES, BatchShape, PerfModel, Request, Slo, Stage
+from slos_serve.scheduler import POLICIES, Advance, BatchShape, PerfModel, Request, Slo, Stage, StepReport
 from slos_serve.scheduler.engine import Planner
+from slos_serve.scheduler.recording import Header, Recorder
 
 from .config import EngineConfig
 from .loading import Loaded, load_engine
 from .metrics import Metrics
 from .profiling import SHORT_SECONDS, Profile, fit_samples, measure
+from .replay_file import Tape
 from .responder import Reply
 from .roster import Roster
 from .sessions import Sessions
@@ -104,8 +106,12 @@ def build_engine(config: EngineConfig, version_dir: Path) -> Replica:
     loaded = load_engine(config, version_dir)
     log.info("model %s loaded in %.1f s", version_dir / config.model, time.monotonic() - started)
     perf = _time_model(config, version_dir, loaded)
-    scheduler = POLICIES[config.policy](loaded.engine.capabilities, perf)
-    _warm_up(POLICIES[config.policy](loaded.engine.capabilities, perf))
+    scheduler: Planner = POLICIES[config.policy](loaded.engine.capabilities, perf)
+    warm_up(POLICIES[config.policy](loaded.engine.capabilities, perf))
+    if config.record:
+        header = Header(config.policy, loaded.engine.capabilities, perf)
+        scheduler = Recorder(scheduler, header, Tape(version_dir / config.record).write)
+        log.info("recording to %s", version_dir / config.record)
     log.info("%s is ready after %.1f s: %s", config.policy, time.monotonic() - started, loaded.engine.capabilities)
     return Built(loaded.engine, loaded.codec, loaded.vocab_size, scheduler, perf)
 
@@ -128,8 +134,9 @@ def _time_model(config: EngineConfig, version_dir: Path, loaded: Loaded) -> Perf
     return perf
 
 
-def _warm_up(scheduler: Planner) -> None:
-    """Plan once for a request with and one without an SLO, so that the first real plan compiles nothing."""
+def warm_up(scheduler: Planner) -> None:
+    """Plan and report for a request with and one without an SLO, so that the first real ones compile nothing."""
     for name, slo in (("promised", Slo(10.0, 1.0)), ("free", None)):
         scheduler.add(Request(name, 0.0, 1, (Stage(1, slo),)), 0.0)
-    scheduler.plan(0.0)
+    plan = scheduler.plan(0.0)
+    scheduler.report(StepReport(0.0, 1.0, tuple(Advance(each.request_id, 1, 1, done=True) for each in plan.chunks)))

@@ -160,6 +160,9 @@ class EngineConfig:
     session_tokens: int = 262144
     # Threads that send responses: four saturate Triton's response queue, one falls behind at 64 streams.
     sender_threads: int = 4
+    # A file that every call to the scheduler is appended to, for `slos-serve replay`, relative or absolute; null: none.
+    # It grows by some 10 KB a second under load.
+    record: str | None = None
     # Seconds given to requests in flight when the model is unloaded; then they are answered UNAVAILABLE.
     shutdown_drain_s: float = 10.0
     # Settings of the engine tensorrt_llm.
@@ -170,7 +173,7 @@ class EngineConfig:
             _check(name, getattr(self, name), _is_count, f"an integer of at least {_COUNTS[name]}", _COUNTS[name])
         for name in ("engine", "model", "device", "policy", "think_end", "default_class"):
             _check(name, getattr(self, name), _is_text, "a non-empty string")
-        for name in ("draft_model", "profile"):
+        for name in ("draft_model", "profile", "record"):
             value = getattr(self, name)
             if value is not None:
                 _check(name, value, _is_text, "a non-empty string or null")
