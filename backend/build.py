@@ -8,11 +8,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from slos_serve.scheduler import POLICIES, BatchShape, PerfModel, Request, Slo, Stage
+from slos_serve.scheduler import POLICIES, BatchShape, PerfModel, Request, Scheduler, Slo, Stage
 from slos_serve.scheduler.engine import Planner
 
 from .config import EngineConfig
-from .loading import Loaded, load_engine
+from .loading import Loaded, load_engine, weights_fingerprint
 from .profiling import SHORT_SECONDS, Profile, fit_samples, measure
 from .tokenizer import Codec
 from .worker import ServingEngine
@@ -29,12 +29,19 @@ class Built:
     vocab_size: int
     scheduler: Planner
     perf: PerfModel
+    fingerprint: str = ""  # equal for instances whose answers go on where another's ended
+    think_end_id: int | None = None
 
     @property
     def max_context(self) -> int:
         """The longest prompt plus output, by the engine's positions and by its memory."""
         limits = self.engine.capabilities
         return min(limits.max_context, limits.num_blocks * limits.block_tokens)
+
+    def batch_seconds(self, shape: BatchShape) -> float:
+        """The time of a batch, as corrected by what was measured while serving."""
+        raw = self.perf.seconds(shape)
+        return self.scheduler.correction.apply(raw) if isinstance(self.scheduler, Scheduler) else raw
 
     def prefill_seconds(self, tokens: int) -> float:
         """The time that a prompt of so many tokens takes on an idle machine, in batches as large as they may be."""
@@ -56,7 +63,8 @@ def build_engine(config: EngineConfig, version_dir: Path) -> Built:
     scheduler = POLICIES[config.policy](loaded.engine.capabilities, perf)
     _warm_up(POLICIES[config.policy](loaded.engine.capabilities, perf))
     log.info("%s is ready after %.1f s: %s", config.policy, time.monotonic() - started, loaded.engine.capabilities)
-    return Built(loaded.engine, loaded.codec, loaded.vocab_size, scheduler, perf)
+    fingerprint = weights_fingerprint(version_dir / config.model, config.dtype)
+    return Built(loaded.engine, loaded.codec, loaded.vocab_size, scheduler, perf, fingerprint, loaded.think_end_id)
 
 
 def _time_model(config: EngineConfig, version_dir: Path, loaded: Loaded) -> PerfModel:

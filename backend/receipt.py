@@ -29,6 +29,7 @@ class Ledger:
     accepted: int = 0
     token_times: list[float] = field(default_factory=list)
     stage_tokens: list[int] = field(default_factory=lambda: [0])
+    resumed_tokens: int = 0  # delivered by another instance: the first of `token_times`
 
     def decide(self, decision: Decision) -> None:
         self.admitted, self.reason = decision.admitted, decision.reason
@@ -77,6 +78,7 @@ class Ledger:
             "prompt_tokens": self.request.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "tokens": len(self.token_times),
+            "resumed_tokens": self.resumed_tokens,
             "queue_ms": _ms(waited),
             "ttft_ms": _ms(self.ttft),
             "tpot_ms": _ms(self.tpot),

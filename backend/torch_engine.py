@@ -32,7 +32,8 @@ _NO_GAIN = Gain(())
 class Generation:
     """What to generate: a prompt, the most new tokens of each stage (several: thinking, then the answer), how.
 
-    `stop` is called with every new token in order; True finishes the request, the token is kept.
+    `stop` is called with every new token in order; True finishes the request, the token is kept. The last
+    `resumed` of `token_ids` were generated elsewhere: the next token is drawn as the one after them.
     """
 
     request_id: str
@@ -40,6 +41,7 @@ class Generation:
     stage_limits: tuple[int, ...]
     sampling: SamplingParams
     stop: Callable[[int], bool] | None = None
+    resumed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,7 @@ class TorchEngine:
             end_ids=() if sampling.ignore_eos else ends,
             think_end_id=self._think_end_id,
             stop=generation.stop,
+            resumed=generation.resumed,
         )  # fmt: skip
 
     @property
