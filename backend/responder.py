@@ -77,10 +77,22 @@ class Reply:
             self.text.append(self.submission.text.flush())
         text = "".join(self.text)
         if final or (self.submission.streaming and (text or (self.submission.return_token_ids and self.ids))):
-            self.hold_until = time.monotonic() + self.submission.coalesce
+            self.hold_until = self._hold_until(time.monotonic())
             tensors = self._tensors(text)
             self.ids, self.text = [], []
             self.outlet.send(tensors, final=final)
+
+    def _hold_until(self, now: float) -> float:
+        """Until when the next tokens may wait for others: never beyond three quarters of the way to their due time."""
+        coalesce = self.submission.coalesce
+        if not coalesce:
+            return 0.0
+        slo = self.submission.request.stages[0].slo
+        if slo is None:
+            return now + coalesce
+        sent = self.token_index + len(self.ids) - self.submission.generation.resumed
+        due = self.submission.request.arrived_at + slo.ttft + sent * slo.tpot
+        return min(now + coalesce, due - 0.25 * slo.tpot)
 
     def _tensors(self, text: str) -> dict[str, Array]:
         self.token_index += len(self.ids)

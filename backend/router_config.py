@@ -40,8 +40,8 @@ class RouterConfig:
     max_hops: int = 3
     # Instances that may fail under one request before it is given up: a request may be what kills them.
     max_losses: int = 4
-    # Tokens after the first are held so long to be forwarded together: more costs less and delays more.
-    coalesce_ms: float = 30.0
+    # Tokens that are early are held so long to be forwarded together: more costs less, and the text comes in pieces.
+    coalesce_ms: float = 100.0
     # Requests in flight at once; beyond: OVERLOADED.
     max_requests: int = 4096
 

@@ -97,7 +97,9 @@ class TritonPythonModel:
         elif control == "stop":
             self._loop.call_soon_threadsafe(self._stop, request_id, outlet)
         elif control == "watch":
-            outlet.send(control_output({"router": True, "usable": len(self._instances.usable)}), final=True)
+            outlet.send(
+                control_output({"router": True, "usable": [m.address for m in self._instances.usable]}), final=True
+            )
         elif "ticket" in tensors:
             raise invalid("ticket", "must be given to the instance that issued it", text(tensors["ticket"]))
         elif control in ("", "place"):

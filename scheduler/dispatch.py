@@ -30,6 +30,8 @@ CAP_SECONDS: Final = 0.08  # the longest iteration that a planner makes while an
 STALE_SECONDS: Final = 1.0  # a load this old counts half as much again as it said
 LATE: Final = 1e3  # keeps every instance that cannot keep the promise behind all that can
 UNFIT: Final = 1e6  # and those without memory or pace behind those that are only late
+NOTICED_SECONDS: Final = 0.05  # differences of this size say nothing about an instance's speed
+FORGIVING: Final = 0.98  # of an instance's slowness, what is left at the next load
 AFFINITY: Final = 0.25  # cost of making a loose instance run at a tight pace, at worst
 
 
@@ -140,8 +142,10 @@ class Fleet:
         self.index = {name: column for column, name in enumerate(names)}
 
     def tell(self, name: str, load: Load) -> None:
-        """An instance told its load."""
-        self.table[:_SLOWNESS, self.index[name]] = [getattr(load, field) for field in _ROW]
+        """An instance told its load. What made it look slow is slowly forgiven, or nobody would try it again."""
+        column = self.table[:, self.index[name]]
+        column[:_SLOWNESS] = [getattr(load, field) for field in _ROW]
+        column[_SLOWNESS] = 1.0 + FORGIVING * (column[_SLOWNESS] - 1.0)
 
     def sent(self, name: str, ask: Ask) -> None:
         """A request went there: it is part of the load until the instance tells its own."""
@@ -149,6 +153,7 @@ class Fleet:
         kind = "queued_tokens" if math.isfinite(ask.ttft) else "idle_tokens"
         self.table[_ROW[kind], column] += max(ask.prompt_tokens - (ask.cached or {}).get(name, 0.0), 1.0)
         self.table[_ROW["requests"], column] += 1.0
+        self.table[_ROW["step"], column] += self.table[_ROW["per_token"], column]
         blocks = math.ceil(ask.prompt_tokens / self.table[_ROW["block_tokens"], column])
         self.table[_ROW["free_blocks"], column] -= blocks
         self.table[_ROW["tightest"], column] = min(self.table[_ROW["tightest"], column], ask.tpot)
@@ -157,7 +162,7 @@ class Fleet:
         """A first token came after `measured` seconds where `predicted` were expected: slow ones stand out."""
         column = self.index.get(name)
         if column is not None and 0 < predicted < math.inf:
-            ratio = min(max(measured / max(predicted, 0.01), 0.25), 20.0)
+            ratio = min((measured + NOTICED_SECONDS) / (predicted + NOTICED_SECONDS), 10.0)
             self.table[_SLOWNESS, column] += weight * (ratio - self.table[_SLOWNESS, column])
 
     @property
@@ -215,7 +220,7 @@ def _cost(fleet: Fleet, ask: Ask, ages: Floats | float) -> Floats:
     late = expected > ask.ttft
     blocks = (_new_tokens(fleet, ask) + ask.new_tokens) / t[_ROW["block_tokens"]]
     unfit = (t[_ROW["step"]] + t[_ROW["per_token"]] > pace) | (blocks > t[_ROW["free_blocks"]])
-    cost = np.minimum(expected, 1e3) / slack
+    cost = np.minimum(expected, 1e3) / slack + t[_ROW["step"]] / pace
     # A tight request shortens every iteration of its instance: better where they are short already.
     before = np.minimum(t[_ROW["tightest"]], CAP_SECONDS)
     shorter = np.maximum(before - np.minimum(before, ask.tpot), 0.0) / CAP_SECONDS
