@@ -24,8 +24,8 @@ from .client import DEFAULT_MODEL, Running, SlosClient, Stream, input_tensors, r
 from .stream import Assembly, Delta, Lost, Refused, StreamError
 
 ROUTER_MODEL: Final = "slos_router"
-SILENT_SECONDS: Final = 0.5  # then the routers are asked whether the instance is well
-WATCH_SECONDS: Final = 0.25
+SILENT_SECONDS: Final = 0.3  # then the routers are asked whether the instance is well
+WATCH_SECONDS: Final = 0.1
 UNREACHABLE_SECONDS: Final = 30.0  # how long an instance that could not be reached gets forwarded requests
 PAUSE_SECONDS: Final = 0.2
 # The server is at fault, or going away: another may do better. UNKNOWN is what Triton itself writes.

@@ -32,6 +32,7 @@ LATE: Final = 1e3  # keeps every instance that cannot keep the promise behind al
 UNFIT: Final = 1e6  # and those without memory or pace behind those that are only late
 NOTICED_SECONDS: Final = 0.05  # differences of this size say nothing about an instance's speed
 FORGIVING: Final = 0.98  # of an instance's slowness, what is left at the next load
+BALANCE: Final = 0.3  # cost of having twice as many requests as the others
 AFFINITY: Final = 0.25  # cost of making a loose instance run at a tight pace, at worst
 
 
@@ -220,7 +221,9 @@ def _cost(fleet: Fleet, ask: Ask, ages: Floats | float) -> Floats:
     late = expected > ask.ttft
     blocks = (_new_tokens(fleet, ask) + ask.new_tokens) / t[_ROW["block_tokens"]]
     unfit = (t[_ROW["step"]] + t[_ROW["per_token"]] > pace) | (blocks > t[_ROW["free_blocks"]])
-    cost = np.minimum(expected, 1e3) / slack + t[_ROW["step"]] / pace
+    requests = t[_ROW["requests"]]
+    share = requests / (requests.mean() + 4.0) if requests.size else requests
+    cost = np.minimum(expected, 1e3) / slack + t[_ROW["step"]] / pace + BALANCE * share
     # A tight request shortens every iteration of its instance: better where they are short already.
     before = np.minimum(t[_ROW["tightest"]], CAP_SECONDS)
     shorter = np.maximum(before - np.minimum(before, ask.tpot), 0.0) / CAP_SECONDS
