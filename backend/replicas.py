@@ -22,7 +22,8 @@ log = logging.getLogger("slos_serve.launcher")
 
 PORT_STEP: Final = 10
 
-ROUTER_CONFIG: Final = """# A router in front of several instances. Tensors and streaming are filled in; settings are in 1/router.json.
+ROUTER_CONFIG: Final = """\
+# A router in front of several instances. Tensors and streaming are filled in; settings are in 1/router.json.
 backend: "python"
 instance_group [{ kind: KIND_CPU count: 1 }]
 parameters { key: "slos_serve" value: { string_value: "router" } }
