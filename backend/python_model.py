@@ -82,11 +82,12 @@ class TritonOutlet:
             self._sender.send(response)
             return
         self._is_closed = True
+        sender, self._sender = self._sender, None  # Triton unloads no model while any sender is referred to
         try:
-            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception:
             with contextlib.suppress(Exception):  # without any final flag the caller would wait for ever
-                self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             raise
 
 
