@@ -6,18 +6,22 @@ who claims the stream with it. An answer that nobody claims within `seconds` is 
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from slos_serve.client.wire import Array
 
-from .refusal import Refusal
+from .refusal import Refusal, invalid
 
 if TYPE_CHECKING:
     from .responder import Reply
+
+
+_FORM: Final = re.compile(r"[0-9a-f]{24}")
 
 
 class Parked:
@@ -77,8 +81,10 @@ class Tickets:
 
     def take(self, ticket: str) -> Reply:
         """Raises Refusal where there is none such: it expired, was used, or was issued by another instance."""
+        if _FORM.fullmatch(ticket) is None:
+            raise invalid("ticket", "must be one that an instance issued", ticket)
         with self._lock:
             found = self._replies.pop(ticket, None)
         if found is None:
-            raise Refusal("UNAVAILABLE", f"ticket: unknown or expired, got {ticket[:40]!r}")
+            raise Refusal("UNAVAILABLE", f"ticket: unknown or expired, got {ticket!r}")
         return found[1]

@@ -87,7 +87,7 @@ def whole(service: Service) -> Service:
 
 async def usable(router: str) -> set[str]:
     async with RoutedClient([router]) as client:
-        return await client._usable() or set()
+        return await client.usable() or set()
 
 
 async def until_usable(routers: Sequence[str], wanted: set[str]) -> None:
