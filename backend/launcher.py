@@ -27,6 +27,7 @@ from types import FrameType
 from typing import IO, Final
 
 from . import runtime
+from .overlay import overlay, parse_settings
 from .processes import Launch
 from .runtime import StartError
 from .supervisor import Limits, Supervisor, is_ready
@@ -85,6 +86,12 @@ def add_supervisor_arguments(parser: argparse.ArgumentParser) -> None:
     for name in _OUR_LIMITS:
         kind = type(defaults[name])
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=defaults[name], metavar="N")
+    group = parser.add_argument_group("settings of this run")
+    text = "a setting of engine.json for this run; the file stays as it is (may be given again)"
+    group.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=text)
+    group.add_argument(
+        "--record", type=Path, metavar="FILE", help="append every scheduler call, for `slos-serve replay`"
+    )
 
 
 def _is_on(text: str) -> bool:
@@ -123,9 +130,10 @@ def prepare(argv: Sequence[str], folder: Path) -> tuple[Launch, argparse.Namespa
     installation = runtime.find_installation()
     env = runtime.environment(installation, folder)
     _check(args, installation, env)
+    repositories = _with_settings(args, folder)
     prefix = "" if any("shm-region-prefix-name" in text for text in args.backend_config) else _shm_prefix()
     command = [str(installation.binary), *rest]
-    command += [f"--model-repository={path}" for path in args.model_repository]
+    command += [f"--model-repository={path}" for path in repositories]
     command += [f"--model-control-mode={args.model_control_mode}"]
     command += [f"--backend-directory={args.backend_directory or runtime.assemble(installation, folder)}"]
     command += [f"--backend-config={text}" for text in args.backend_config]
@@ -144,6 +152,19 @@ def prepare(argv: Sequence[str], folder: Path) -> tuple[Launch, argparse.Namespa
         exit_seconds=args.exit_timeout_secs,
     )
     return launch, args
+
+
+def _with_settings(args: argparse.Namespace, folder: Path) -> list[str]:
+    """The model repositories, with the settings of this run where there are any."""
+    settings = parse_settings(args.set)
+    if args.record:
+        settings["record"] = str(args.record.absolute())
+    if not settings:
+        return list(args.model_repository)
+    return [
+        str(overlay(Path(path), folder / f"repository-{index}", settings))
+        for index, path in enumerate(args.model_repository)
+    ]
 
 
 def _shm_prefix() -> str:
@@ -217,6 +238,7 @@ def run(args: argparse.Namespace) -> int:
     argv = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in ("model_repository", *_OUR_LIMITS)]
     argv += [f"--{name}-port={getattr(args, f'{name}_port')}" for name in _PORTS]
     argv += ["--no-supervisor"] if args.no_supervisor else []
+    argv += [f"--set={each}" for each in args.set] + ([f"--record={args.record}"] if args.record else [])
     return tritonserver([*argv, *args.extra])
 
 

@@ -28,7 +28,6 @@ from .refusal import Refusal
 from .responder import Reply, Responder
 from .roster import Roster
 from .sessions import Sessions
-from .worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +125,7 @@ class TritonPythonModel:
             sessions=sessions,
         )
         self._roster = Roster(config.max_requests, config.max_queued_tokens, built.prefill_seconds)
-        self._worker = Worker(
-            scheduler=built.scheduler,
-            engine=built.engine,
+        self._worker = built.worker(
             voice=self._responder,
             observer=self._metrics,
             roster=self._roster,

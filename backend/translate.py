@@ -18,11 +18,10 @@ from slos_serve.client.wire import CANONICAL, INPUT_BY_NAME, Array, Field
 from slos_serve.scheduler.core import Request, Slo, Stage
 
 from .config import SloClass
+from .generation import Generation, SamplingParams
 from .refusal import Refusal, invalid
-from .sampling import SamplingParams
 from .sessions import Sessions
 from .tokenizer import Codec, IncrementalDecoder, StopText
-from .torch_engine import Generation
 
 # Keys of vLLM's sampling parameters that are served with one value only, which changes nothing here.
 ONLY_VALUE: Final[Mapping[str, Any]] = {

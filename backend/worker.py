@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from slos_serve.scheduler.core import Plan, Snapshot, StepReport
 from slos_serve.scheduler.engine import Engine, Planner
 
+from .generation import Generation, Output
 from .receipt import Ledger
 from .refusal import Refusal
 from .responder import Reply
 from .roster import Roster
 from .sessions import Round, Sessions
 
-if TYPE_CHECKING:  # imports torch
-    from .torch_engine import Generation, Output
+if TYPE_CHECKING:
     from .translate import Submission
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 Algorithm 1 of SLOs-Serve (arXiv 2504.08784): in order of prefill deadlines, a state is the accepted count of
 each TPOT tier, the KV memory used and the prefill tokens left over at the last deadline; its worth is the
 summed value. A state that has the same counts and no less of anything dominates. The budget between two
-deadlines is what the best batches leave beside the decodes of the state (`prefill_budget`). At most `FREE`
+deadlines is what the best batches leave beside the decodes of the state (`prefill_speed`). At most `FREE`
 requests are free to choose from and a bounded number of states is kept, so the time is bounded too.
 """
 
@@ -24,22 +24,34 @@ _CAPACITY: Final = int(Verdict.CAPACITY)
 _MEMORY: Final = int(Verdict.MEMORY)
 
 FREE: Final = 60  # requests to choose from
-LIVE_STATES: Final = 64  # kept a step where a plan is made at every iteration
+LIVE_STATES: Final = 32  # kept a step where a plan is made at every iteration
 
 
 @compiled
-def prefill_budget(
-    perf: Any, tpots: Any, numbers: Any, accept: float, context: float, most: int, cap: float, seconds: float
-) -> float:
-    """PB*: prefill tokens that fit into `seconds` beside decodes that keep their pace; negative: they cannot."""
-    if numbers.sum() == 0:
-        margin = 1.0 + perf[MARGIN]
-        return float(max(tokens_within(perf, cap / margin, 0.0, 0.0, 0.0), 0.0) * seconds / cap)
+def prefill_speed(perf: Any, tpots: Any, numbers: Any, accept: float, context: float, most: int, cap: float) -> float:
+    """PB* for one second: prefill tokens beside decodes that keep their pace; negative: they cannot.
+
+    `numbers[l]` decodes in tier l.
+    """
+    margin = 1.0 + perf[MARGIN]
+    total = 0
+    for number in numbers:
+        total += number
+    if total == 0:
+        return float(max(tokens_within(perf, cap / margin, 0.0, 0.0, 0.0), 0.0) / cap)
     drafts = np.zeros(numbers.size, np.int64)
     period, room = tier_drafts(perf, tpots, numbers, accept, context, most, cap, drafts)
-    if room <= 0.0 and batch_seconds(perf, numbers.sum(), context, 0.0, 0.0) * (1.0 + perf[MARGIN]) > period:
+    if room <= 0.0 and batch_seconds(perf, float(total), context, 0.0, 0.0) * margin > period:
         return -1.0
-    return float(room * seconds / period)
+    return float(room / period)
+
+
+@compiled
+def equal(left: Any, right: Any) -> bool:
+    same = True
+    for i in range(left.size):
+        same = same and left[i] == right[i]
+    return same
 
 
 @compiled
@@ -55,11 +67,12 @@ def choose(
     tpots = np.full(TIERS, np.inf)
     num_tiers = max(tiers_of(real, np.concatenate((decodes, order)), tpots), 1)
     counts = np.zeros((states, num_tiers), np.int64)
-    memory, left, value = np.zeros(states), np.zeros(states), np.zeros(states)
+    memory, left, value, speed = np.zeros(states), np.zeros(states), np.zeros(states), np.zeros(states)
     chosen = np.zeros(states, np.int64)
     for slot in decodes:
         counts[0, tier_of(tpots, num_tiers, real[TPOT, slot])] += 1
-    grown, numbers = np.empty((2 * states, num_tiers), np.int64), np.empty((2 * states, 3))
+    speed[0] = prefill_speed(perf, tpots, counts[0], accept, context, most, cap)
+    grown, numbers = np.empty((2 * states, num_tiers), np.int64), np.empty((2 * states, 4))
     masks = np.empty(2 * states, np.int64)
     size, at, number = 1, now, 0
     for item in range(order.size):
@@ -70,22 +83,23 @@ def choose(
         tier = tier_of(tpots, num_tiers, real[TPOT, slot])
         made = 0
         for i in range(size):
-            budget = prefill_budget(perf, tpots, counts[i], accept, context, most, cap, due - at)
-            after = left[i] + max(budget, 0.0)
+            after = left[i] + max(speed[i], 0.0) * (due - at)
             if free[item]:
                 grown[made], masks[made] = counts[i], chosen[i]
                 numbers[made, 0], numbers[made, 1], numbers[made, 2] = memory[i], after, value[i]
+                numbers[made, 3] = speed[i]
                 made += 1
-            fits = budget >= 0.0 and after >= tokens and memory[i] + blocks <= room
+            fits = speed[i] >= 0.0 and after >= tokens and memory[i] + blocks <= room
             if fits or not free[item]:
                 grown[made], masks[made] = counts[i], chosen[i]
                 grown[made, tier] += 1
                 numbers[made, 0], numbers[made, 1] = memory[i] + blocks, max(after - tokens, 0.0)
                 numbers[made, 2] = value[i]
+                numbers[made, 3] = prefill_speed(perf, tpots, grown[made], accept, context, most, cap)
                 if free[item]:
                     numbers[made, 2] += real[WEIGHT, slot]
                     masks[made] |= 1 << number
-                    if prefill_budget(perf, tpots, grown[made], accept, context, most, cap, 1.0) < 0.0:
+                    if numbers[made, 3] < 0.0:
                         continue  # the decodes alone would not keep their pace
                 made += 1
         number += free[item]
@@ -94,12 +108,13 @@ def choose(
         for i in np.argsort(-numbers[:made, 2], kind="mergesort"):
             dominated = False
             for j in range(size):
-                if memory[j] <= numbers[i, 0] and left[j] >= numbers[i, 1] and (counts[j] == grown[i]).all():
+                if memory[j] <= numbers[i, 0] and left[j] >= numbers[i, 1] and equal(counts[j], grown[i]):
                     dominated = True
                     break
             if not dominated and size < states:
                 counts[size], chosen[size] = grown[i], masks[i]
                 memory[size], left[size], value[size] = numbers[i, 0], numbers[i, 1], numbers[i, 2]
+                speed[size] = numbers[i, 3]
                 size += 1
     number = 0
     for item in range(order.size):

@@ -346,7 +346,9 @@ class _Log:
 class _Play:
     """One simulation: who arrived, what they got, what time it is."""
 
-    def __init__(self, planner: Planner, engine: SimulatedEngine, outcomes: dict[RequestId, Outcome]) -> None:
+    def __init__(
+        self, planner: Planner, engine: SimulatedEngine, outcomes: dict[RequestId, Outcome], turnaround: float
+    ) -> None:
         self.planner = planner
         self.engine = engine
         self.outcomes = outcomes
@@ -355,6 +357,7 @@ class _Play:
         self.log = _Log()
         self.now = 0.0
         self.live = 0
+        self._turnaround = turnaround
         self._partner: Ints = np.zeros(64, np.int64)
 
     def add(self, request: Request, output_tokens: int, acceptance: float, *, awaited: bool) -> None:
@@ -392,6 +395,7 @@ class _Play:
         serials = serials[gained]
         self.first_at[serials] = np.minimum(self.first_at[serials], self.now)
         self.log.add(serials, advances.numbers[gained, 1], self.now)
+        self.now += self._turnaround
         ended = [advances.ids[i] for i in np.flatnonzero(advances.numbers[:, 4]).tolist()]
         self.live -= len(ended)
         return ended
@@ -434,7 +438,8 @@ def simulate(
     engine: SimulatedEngine,
     *,
     until: float = math.inf,
-    acceptance: float = 0.0,
+    acceptance: float | Mapping[RequestId, float] = 0.0,
+    turnaround: float = 0.0,
     on_step: Callable[[Plan, StepReport], None] | None = None,
     follow_up: Callable[[RequestId, float], tuple[Request, int] | None] | None = None,
     outcomes: dict[RequestId, Outcome] | None = None,
@@ -444,9 +449,10 @@ def simulate(
     """Play `requests` until all have ended or virtual second `until` has passed.
 
     `output_tokens` tells how many tokens each will produce, which the planner never sees; `acceptance` is
-    the share of right guesses. `follow_up` is called with each request that ends and when, and may return
-    the next round of its session, to arrive then or later, and its output tokens. `on_step` sees every plan
-    and report, at the price of speed. `watch` sees the time, who has arrived and when each had its first
+    the share of right guesses, of all or of each. `turnaround` seconds pass between a report and the next
+    plan. `follow_up` is called with each request that ends and when, and may return the next round of its
+    session, to arrive then or later, and its output tokens. `on_step` sees every plan and report, at the price
+    of speed, as a turnaround is. `watch` sees the time, who has arrived and when each had its first
     token (infinite: not yet), often enough to end a hopeless run by raising. `timed` is given the call that
     makes the first plan after each arrival and returns what it returned. Returns an outcome for every request
     that arrived, in `outcomes` where given. Raises RuntimeError when requests are live and nothing runs.
@@ -454,14 +460,15 @@ def simulate(
     # By arrival, and in the order given where times are equal.
     pending = [(each.arrived_at, index, each, output_tokens[each.id]) for index, each in enumerate(requests)]
     heapq.heapify(pending)
-    play = _Play(planner, engine, {} if outcomes is None else outcomes)
-    at_once = on_step is None and isinstance(planner, Scheduler)
+    play = _Play(planner, engine, {} if outcomes is None else outcomes, turnaround)
+    at_once = on_step is None and turnaround == 0.0 and isinstance(planner, Scheduler)
     try:
         while play.now < until and (pending or play.live):
             fresh = False
             while pending and pending[0][0] <= play.now:
                 *_, request, tokens = heapq.heappop(pending)
-                play.add(request, tokens, acceptance, awaited=follow_up is not None)
+                lucky = acceptance[request.id] if isinstance(acceptance, Mapping) else acceptance
+                play.add(request, tokens, lucky, awaited=follow_up is not None)
                 fresh = True
             if watch is not None:
                 watch(play.now, play.arrived, play.first_at)

@@ -63,5 +63,5 @@ def test_values_and_memory_are_weighed() -> None:
         worth["plain"] += plain
         worth["kept"] += kept
         worth["best"] += best
-    assert worth["kept"] >= 0.98 * worth["best"]
+    assert worth["kept"] >= 0.99 * worth["best"]
     assert worth["kept"] > 1.01 * worth["plain"]
