@@ -236,6 +236,7 @@ def _alone(fleet: Fleet, index: int, share: Sequence[Turn], played: Played, watc
         {turn.request.id: turn.output_tokens for turn in share},
         fleet.make(fleet.profile.capabilities, fleet.profile.perf),
         fleet.engine(index),
+        acceptance=fleet.profile.acceptance,
         follow_up=_follower(share) if any(turn.following for turn in share) else None,
         outcomes=played.outcomes,
         watch=watch,

@@ -38,7 +38,10 @@ MIN_BURSTS: Final = 5  # in every run
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One GPU with one model on it: seconds per iteration (the host's time included) and KV memory in tokens."""
+    """One GPU with one model on it: seconds per iteration (the host's time included) and KV memory in tokens.
+
+    `acceptance`: the share of right guesses, where the capabilities allow any.
+    """
 
     name: str
     perf: PerfModel
@@ -47,6 +50,7 @@ class Profile:
     capabilities: Capabilities
     source: str
     licence: str
+    acceptance: float = 0.0
 
     def prefill_seconds(self, tokens: int) -> float:
         """Zero-load time of a prompt of `tokens`, in batches as large as the engine takes."""
@@ -97,6 +101,7 @@ def _profile(data: Mapping[str, Any]) -> Profile:
         max_batch_tokens=int(data["max_batch_tokens"]),
         max_batch_requests=int(data["max_batch_requests"]),
         max_context=capacity,
+        max_draft=int(data.get("max_draft", 0)),
     )
     return Profile(
         name=data["name"],
@@ -106,6 +111,7 @@ def _profile(data: Mapping[str, Any]) -> Profile:
         capabilities=capabilities,
         source=data["source"],
         licence=data["licence"],
+        acceptance=float(data.get("acceptance", 0.0)),
     )
 
 
