@@ -159,7 +159,8 @@ class Fleet:
     """What serves: `replicas` of a profile under a policy. `noise` is the sd of the lognormal iteration time.
 
     With `prefill` and `decode` each group of so many replicas splits the work; the policy is then the
-    prefill side's, and the decode side runs all its decodes in every iteration.
+    prefill side's, and the decode side runs all its decodes in every iteration. `acceptance` is the share of
+    right guesses where the profile's engine can draft.
     """
 
     profile: Profile
@@ -169,6 +170,7 @@ class Fleet:
     seed: int = 0
     prefill: int = 1
     decode: int = 0
+    acceptance: float = 0.0
 
     @property
     def groups(self) -> int:
@@ -236,7 +238,7 @@ def _alone(fleet: Fleet, index: int, share: Sequence[Turn], played: Played, watc
         {turn.request.id: turn.output_tokens for turn in share},
         fleet.make(fleet.profile.capabilities, fleet.profile.perf),
         fleet.engine(index),
-        acceptance=fleet.profile.acceptance,
+        acceptance=fleet.acceptance,
         follow_up=_follower(share) if any(turn.following for turn in share) else None,
         outcomes=played.outcomes,
         watch=watch,

@@ -28,6 +28,8 @@ from .workload import WORKLOADS, Arrival, Rng, Times, onoff_bursts, poisson, rep
 
 BLOCK_TOKENS: Final = 16
 OUTPUT_LIMIT: Final = 32768  # what every request asks for at most; the longest shipped output is shorter
+MAX_DRAFT: Final = 4
+DRAFT_SECONDS: Final = 0.0015  # a step of a draft model of about 125 M parameters, assumed
 BURST_FACTOR: Final = 5.0
 BURST_SHARE: Final = 0.15  # of the time
 MIN_BURSTS: Final = 5  # in every run
@@ -38,10 +40,7 @@ MIN_BURSTS: Final = 5  # in every run
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One GPU with one model on it: seconds per iteration (the host's time included) and KV memory in tokens.
-
-    `acceptance`: the share of right guesses, where the capabilities allow any.
-    """
+    """One GPU with one model on it: seconds per iteration (the host's time included) and KV memory in tokens."""
 
     name: str
     perf: PerfModel
@@ -50,7 +49,6 @@ class Profile:
     capabilities: Capabilities
     source: str
     licence: str
-    acceptance: float = 0.0
 
     def prefill_seconds(self, tokens: int) -> float:
         """Zero-load time of a prompt of `tokens`, in batches as large as the engine takes."""
@@ -60,6 +58,12 @@ class Profile:
             chunk = min(most, tokens - past)
             total += self.perf.seconds(BatchShape(chunk, prefill_area=chunk * (past + 0.5 * chunk)))
         return total
+
+    def drafting(self) -> Profile:
+        """The same with a small draft model: up to `MAX_DRAFT` guesses, `DRAFT_SECONDS` for each step of it."""
+        pieces = tuple(replace(piece, per_step=DRAFT_SECONDS) for piece in self.perf.pieces)
+        capabilities = replace(self.capabilities, max_draft=MAX_DRAFT)
+        return replace(self, perf=replace(self.perf, pieces=pieces), capabilities=capabilities)
 
     @property
     def iteration_seconds(self) -> float:
@@ -101,7 +105,6 @@ def _profile(data: Mapping[str, Any]) -> Profile:
         max_batch_tokens=int(data["max_batch_tokens"]),
         max_batch_requests=int(data["max_batch_requests"]),
         max_context=capacity,
-        max_draft=int(data.get("max_draft", 0)),
     )
     return Profile(
         name=data["name"],
@@ -111,7 +114,6 @@ def _profile(data: Mapping[str, Any]) -> Profile:
         capabilities=capabilities,
         source=data["source"],
         licence=data["licence"],
-        acceptance=float(data.get("acceptance", 0.0)),
     )
 
 

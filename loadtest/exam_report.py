@@ -79,7 +79,8 @@ def read(paths: Iterable[Path]) -> tuple[list[Result], list[Result]]:
 
 def pictures(cells: Sequence[Result], bursts: Sequence[Result]) -> list[Picture]:
     """All that the results allow."""
-    plain = [cell for cell in cells if not cell["setting"] and not cell["untuned"] and cell["capacity_per_gpu"]]
+    usual = [cell for cell in cells if not cell["untuned"] and not cell["acceptance"] and cell["capacity_per_gpu"]]
+    plain = [cell for cell in usual if not cell["setting"]]
     drawn: list[Picture] = []
     for family, group in grouped(plain, ("profile", "arrivals", "ttft_floor_ms", "replicas")):
         if len({cell["policy"] for cell in group}) > 1:
@@ -89,7 +90,7 @@ def pictures(cells: Sequence[Result], bursts: Sequence[Result]) -> list[Picture]
             drawn.append(_curves(family, group))
     drawn += [_burst(each) for each in bursts]
     for name, title in (("lengths_", "What knowing output lengths is worth"), ("", "What each part is worth")):
-        drawn += _settings(name, title, cells)
+        drawn += _settings(name, title, usual)
     drawn += _scaling(plain)
     drawn += _paper([cell for cell in cells if cell["untuned"]])
     return [picture for picture in drawn if picture.png]
@@ -332,12 +333,12 @@ def _windowed(part: Sequence[float], whole: Sequence[float], width: int) -> list
 def _settings(prefix: str, title: str, cells: Sequence[Result]) -> list[Picture]:
     """Capacity in each setting relative to the reference: the planner as shipped, or exact lengths."""
     lengths = bool(prefix)
-    own = [c for c in cells if c["policy"] == "slos_serve" and c["replicas"] == 1 and not c["untuned"]]
+    own = [c for c in cells if c["policy"] == "slos_serve" and c["replicas"] == 1]
     own = [c for c in own if not c["setting"] or c["setting"].startswith("lengths_") == lengths]
     reference = "lengths_exact" if lengths else ""
     rates: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for cell in own:
-        if cell["arrivals"] == "bursts" and not cell["ttft_floor_ms"] and cell["capacity_per_gpu"]:
+        if cell["arrivals"] == "bursts" and not cell["ttft_floor_ms"]:
             where = (cell["workload"], cell["profile"])
             rates.setdefault(where, {}).setdefault(cell["setting"], []).append(headline(cell))
     rates = {where: found for where, found in rates.items() if len(found) > 1 and any(found.get(reference, []))}
@@ -490,6 +491,7 @@ def _table(cells: Sequence[Result]) -> str:
 
 def _row(cell: Result, pairs: Sequence[tuple[str, str]]) -> str:
     told = " ".join(f"{name}={value:g}" for name, value in (cell["parameters"] or {}).items()) or cell["setting"]
+    told += f" drafts {cell['acceptance']:g}" if cell["acceptance"] else ""
     values = [str(cell[name]) for name in ("workload", "arrivals", "profile", "policy")]
     values += [told, str(cell["replicas"]), f"{cell['ttft_floor_ms']:g}"]
     values.append(f"{cell['bound']['least']:.3g}" if cell.get("bound") else "")
