@@ -202,6 +202,9 @@ def test_a_dead_engine_is_noticed_and_everybody_is_answered(
     caller.wait()
     assert caller.refusal is not None
     assert caller.refusal.code == "INTERNAL"
+    until = time.monotonic() + PATIENCE
+    while running.failure is None and time.monotonic() < until:
+        time.sleep(0.01)
     assert "event loop has ended" in str(running.failure)
     with pytest.raises(Refusal) as refused:
         running.send("late", input_ids=[5], max_tokens=1)
