@@ -226,7 +226,7 @@ class RoutedClient:
                     if usable is not None and request.address not in usable:
                         request.running.interrupt(f"silent for {SILENT_SECONDS:g} s, and its router gave it up")
 
-    async def _usable(self) -> set[str] | None:
+    async def usable(self) -> set[str] | None:
         """Addresses of the instances that a router thinks well of; None when there is none or it does not answer."""
         router = self._routers[self._router]
         inputs = input_tensors({"control": "watch"})
