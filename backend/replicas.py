@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from .ensemble import STEP, ensemble_config
 from .processes import Launch
 from .supervisor import Limits, Supervisor
 
@@ -35,6 +34,8 @@ from slos_serve.backend.router_model import TritonPythonModel  # noqa: F401
 
 def write_router_repository(folder: Path, settings: Mapping[str, Any]) -> Path:
     """A model repository in `folder` with a router of these settings and the ensemble in front of it."""
+    from .ensemble import STEP, ensemble_config  # loads numpy, which the supervisor does without
+
     router, ensemble = folder / STEP, folder / "slos_ensemble"
     (router / "1").mkdir(parents=True)
     (ensemble / "1").mkdir(parents=True)
