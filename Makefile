@@ -1,6 +1,8 @@
 # make demo    start the server, play a minute of mixed traffic, show the result   (ARGS="--seconds 20" reaches it)
 # make test    the tests, on the installed package                                 (ARGS="-k launcher" reaches pytest)
 # make check   format, lint, types
+# make trtllm-check  in NVIDIA's Triton + TensorRT-LLM image, on a GPU: MODEL=model_repository/slos_llm/1
+# make gpu-check   correctness and speed of the engine on this machine's GPU       (ARGS="--tiny" needs none)
 # make clean   remove everything that make made
 # Each sets up .venv first where it must. PYTHON=python3.12 chooses the interpreter, any from 3.10 to 3.12.
 
@@ -15,7 +17,7 @@ WITH_PIP = $(PYTHON) -m venv --clear --without-pip .venv && PYTHONPATH="$$($(PYT
 PACKAGES := scheduler backend client loadtest
 SOURCES := $(shell find $(PACKAGES) -not -path '*__pycache__*')
 
-.PHONY: demo test check clean
+.PHONY: demo test check gpu-check trtllm-check clean
 
 demo: .venv/installed
 	$(BIN)/slos-serve demo $(ARGS)
@@ -23,12 +25,19 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/pytest $(ARGS)
 
+gpu-check: .venv/installed
+	$(BIN)/slos-serve gpu-check $(ARGS)
+
 # mypy does not report on what lies in site-packages, so it is shown a copy of what was installed there.
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf .types && mkdir .types && cp -r .venv/lib/python3*/site-packages/slos_serve .types/
 	MYPYPATH=.types $(BIN)/mypy --explicit-package-bases -p slos_serve
+
+# Not in .venv: TensorRT-LLM is in the image's own Python, where docker/Dockerfile has installed this package.
+trtllm-check:
+	slos-serve trtllm-check $(MODEL) $(ARGS)
 
 clean:
 	rm -rf .venv .types build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -11,11 +11,11 @@ model's type. Never allocates or frees blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Final, cast
+from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ _SUM_STEP: Final = 192  # keys summed in one product: BLAS splits more, where de
 _GROUP_BYTES: Final = 2 << 20  # keys gathered for one group of short chunks: about what stays in a core's cache
 
 Ints = npt.NDArray[np.int64]
+# layer, query [tokens, heads, head dim], key and value [tokens, kv heads, head dim], scaling
+# to [tokens, heads * head dim]
+Attend: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,25 +253,35 @@ def paged_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    slos_batch: Batch,
+    slos_attend: Attend,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of all tokens of `slos_batch`: query [1, heads, tokens, head dim] to [1, tokens, heads, head dim].
+    """`slos_attend` as transformers calls it: query [1, heads, tokens, head dim] to [1, tokens, heads, head dim].
 
-    Stores the batch's keys and values [1, kv heads, tokens, head dim] first. The mask is not used: a token
-    sees the tokens of its own request up to itself.
+    The mask is not used: a token sees the tokens of its own request up to itself.
     """
     layer = cast(int, module.layer_idx)
-    cache = slos_batch.cache
-    cache.write(layer, slos_batch.kv_writes, key[0].transpose(0, 1), value[0].transpose(0, 1))
     _, heads, tokens, head_dim = query.shape
-    rows = (query[0].transpose(0, 1) * scaling).reshape(tokens, heads * head_dim).float()
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+    return slos_attend(layer, query, key, value, scaling).view(1, tokens, heads, head_dim), None
+
+
+def attend(
+    batch: Batch, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention of all tokens of `batch`: query [tokens, heads, head dim] to [tokens, heads * head dim].
+
+    Stores the batch's keys and values [tokens, kv heads, head dim] first.
+    """
+    cache = batch.cache
+    cache.write(layer, batch.kv_writes, key, value)
+    rows = (query * scaling).reshape(len(query), -1).float()
     out = torch.zeros_like(rows)
-    for group in slos_batch.groups:
+    for group in batch.groups:
         out.index_copy_(0, group.queries, _attend_group(cache, layer, group, rows))
-    for chunk in slos_batch.longs:
-        _attend_long(cache, layer, chunk, slos_batch.causal, rows, out)
-    return out.to(query.dtype).view(1, tokens, heads, head_dim), None
+    for chunk in batch.longs:
+        _attend_long(cache, layer, chunk, batch.causal, rows, out)
+    return out.to(query.dtype)
 
 
 def _attend_group(cache: KvCache, layer: int, group: _Group, rows: torch.Tensor) -> torch.Tensor:

@@ -72,23 +72,32 @@ class Machine:
     bandwidth: float
     rate: float
 
+    def reading(self, model: LoadedModel, kv_tokens: int) -> float:
+        """Least seconds to read all weights once and `kv_tokens` keys and values."""
+        moved = _parameters(model) * model.dtype.itemsize + kv_tokens * model.kv_bytes_per_token
+        return moved / self.bandwidth
+
+    def computing(self, model: LoadedModel, tokens: int, pairs: int, rows: int | None = None) -> float:
+        """Least seconds for all products of `tokens` with `pairs` of query and key, and logits of `rows` of them."""
+        head = int(model.model.lm_head.weight.numel())
+        attention = 4 * pairs * model.num_layers * model.num_heads * model.head_dim
+        products = (_parameters(model) - head) * tokens + head * (tokens if rows is None else rows)
+        return (2 * products + attention) / self.rate
+
     def bound(self, model: LoadedModel, tokens: int, pairs: int, kv_tokens: int) -> float:
         """Least seconds for a batch of `tokens` with `pairs` of query and key, over `kv_tokens` keys in all."""
-        weights = _parameters(model)
-        moved = weights * model.dtype.itemsize + kv_tokens * model.kv_bytes_per_token
-        attention = 4 * pairs * model.num_layers * model.num_heads * model.head_dim
-        return max(moved / self.bandwidth, (2 * weights * tokens + attention) / self.rate)
+        return max(self.reading(model, kv_tokens), self.computing(model, tokens, pairs))
 
 
-def measure_machine(model: LoadedModel, repeats: int) -> Machine:
-    """The bandwidth of summing 256 MiB, and the rate of a product of two 1024 x 1024 matrices of the model's type."""
+def measure_machine(model: LoadedModel, repeats: int, numbers: int = 1 << 26, side: int = 1024) -> Machine:
+    """The bandwidth of summing so many numbers of 4 bytes, and the rate of a square product of the model's type."""
     import torch
 
-    large = torch.ones(1 << 26, device=model.device)
-    square = torch.ones(1024, 1024, dtype=model.dtype, device=model.device)
+    large = torch.ones(numbers, device=model.device)
+    square = torch.ones(side, side, dtype=model.dtype, device=model.device)
     reading = _least_seconds(lambda: large.sum().item(), repeats)
     computing = _least_seconds(lambda: (square @ square)[0, 0].item(), repeats)
-    return Machine(large.nbytes / reading, 2 * 1024**3 / computing)
+    return Machine(large.nbytes / reading, 2 * side**3 / computing)
 
 
 def _least_seconds(action: Callable[[], object], repeats: int) -> float:
@@ -135,8 +144,7 @@ class _Bench:
         self._computed: dict[str, int] = {}
 
     def add(self, name: str, prompt: Sequence[int], new_tokens: int | None = None) -> None:
-        from .sampling import SamplingParams
-        from .torch_engine import Generation
+        from .generation import Generation, SamplingParams
 
         limit = new_tokens or self._room - len(prompt)
         self._computed[name] = self.engine.add(Generation(name, prompt, (limit,), SamplingParams(ignore_eos=True)))

@@ -31,8 +31,16 @@ SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
     "profile": Subcommand("slos_serve.backend.profiling", "measure this machine and fit the time model"),
     "train": Subcommand("slos_serve.backend.train", "train the small demonstration models"),
     "admit": Subcommand("slos_serve.backend.admit_file", "admission decisions for planning problems in a file"),
+    "replay": Subcommand("slos_serve.backend.replay_file", "check that a recorded run's plans are made again"),
+    "reality": Subcommand("slos_serve.loadtest.reality", "the simulator's prediction against the real server"),
     "exam": Subcommand("slos_serve.loadtest.exam", "capacity of each policy within its SLOs, in virtual time"),
+    "plan": Subcommand("slos_serve.loadtest.plan", "how many replicas a trace needs to keep its promises"),
+    "exam-report": Subcommand("slos_serve.loadtest.exam_report", "draw the results of an exam as one HTML page"),
     "pack-traces": Subcommand("slos_serve.loadtest.traces", "rebuild the compact trace data from the public files"),
+    "trtllm-check": Subcommand("slos_serve.backend.trtllm_check", "try the planner inside TensorRT-LLM on this GPU"),
+    "gpu-check": Subcommand(
+        "slos_serve.backend.gpu_check", "correctness and speed on a GPU, measured beside simulated"
+    ),
     "bench-engine": Subcommand("slos_serve.backend.bench_engine", "measure the engine's tokens per second"),
 }
 

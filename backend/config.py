@@ -74,6 +74,41 @@ DEFAULT_CLASSES: Final[Mapping[str, SloClass]] = MappingProxyType(
 )
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
+MODES: Final = ("auto", "full", "trim", "governor", "shadow")
+SPECULATION: Final = ("ngram", "draft_target", "eagle3", "mtp")
+
+
+@dataclass(frozen=True, slots=True)
+class TrtllmConfig:
+    """What only the engine tensorrt_llm needs; the other settings of `EngineConfig` mean the same for it."""
+
+    # How much the planner decides: full, trim (takes away from the stock batch), governor (only the queue in front)
+    # or shadow (plans along, decides nothing). "auto": the most that the checks at start allow.
+    mode: str = "auto"
+    # GPUs of this replica. More make iterations shorter, and each sends more.
+    tensor_parallel: int = 1
+    # Share of the GPU memory that is free after loading, for keys and values. `kv_cache_mb` is not used.
+    kv_fraction: float = 0.85
+    # Prepare a batch while the one before it runs: hides the host's time, and the planner sees a state one batch old.
+    overlap: bool = False
+    # Keep the KV of ended requests for others with the same prefix.
+    block_reuse: bool = True
+    # Record decode-only batches as CUDA graphs: less host time, more start time and memory.
+    cuda_graphs: bool = True
+    # Drafting: "ngram", "draft_target" or "eagle3" (with `draft_model`), "mtp" (in the model); null: none.
+    speculation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode: must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.speculation is not None and self.speculation not in SPECULATION:
+            raise ValueError(f"speculation: must be null or one of {', '.join(SPECULATION)}, got {self.speculation!r}")
+        _check("tensor_parallel", self.tensor_parallel, _is_count, "an integer of at least 1", 1)
+        if not (_is_number(self.kv_fraction) and 0 < self.kv_fraction < 1):
+            raise ValueError(f"kv_fraction: must be a number between 0 and 1, got {self.kv_fraction!r}")
+        for name in ("overlap", "block_reuse", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: must be true or false, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +160,20 @@ class EngineConfig:
     session_tokens: int = 262144
     # Threads that send responses: four saturate Triton's response queue, one falls behind at 64 streams.
     sender_threads: int = 4
+    # A file that every call to the scheduler is appended to, for `slos-serve replay`, relative or absolute; null: none.
+    # It grows by some 10 KB a second under load.
+    record: str | None = None
     # Seconds given to requests in flight when the model is unloaded; then they are answered UNAVAILABLE.
     shutdown_drain_s: float = 10.0
+    # Settings of the engine tensorrt_llm.
+    tensorrt_llm: TrtllmConfig = field(default_factory=TrtllmConfig)
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
             _check(name, getattr(self, name), _is_count, f"an integer of at least {_COUNTS[name]}", _COUNTS[name])
         for name in ("engine", "model", "device", "policy", "think_end", "default_class"):
             _check(name, getattr(self, name), _is_text, "a non-empty string")
-        for name in ("draft_model", "profile"):
+        for name in ("draft_model", "profile", "record"):
             value = getattr(self, name)
             if value is not None:
                 _check(name, value, _is_text, "a non-empty string or null")
@@ -148,7 +188,8 @@ class EngineConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as `read_config` takes them."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "classes"}
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("classes", "tensorrt_llm")}
+        data["tensorrt_llm"] = asdict(self.tensorrt_llm)
         data["classes"] = {
             name: {key: value for key, value in asdict(slo).items() if value is not None}
             for name, slo in self.classes.items()
@@ -200,12 +241,21 @@ def _classes(data: object) -> Mapping[str, SloClass]:
     return MappingProxyType(classes)
 
 
+def _trtllm(data: object) -> TrtllmConfig:
+    try:
+        return TrtllmConfig(**_known(data, TrtllmConfig, "its settings"))
+    except ValueError as error:
+        raise ValueError(f"tensorrt_llm: {error}") from error
+
+
 def parse_config(text: str, source: str = "engine.json") -> EngineConfig:
     """The settings in `text`. Raises ValueError that starts with `source` and names the key."""
     try:
         data = dict(_known(json.loads(text), EngineConfig, "the settings"))
         if "classes" in data:
             data["classes"] = _classes(data["classes"])
+        if "tensorrt_llm" in data:
+            data["tensorrt_llm"] = _trtllm(data["tensorrt_llm"])
         return EngineConfig(**data)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error

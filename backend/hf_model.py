@@ -10,14 +10,18 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-from . import attention
-from .attention import ROWS, KvCache, Span
+from . import attention, flash
+from .attention import ROWS, Attend, KvCache, Span
+from .flash import FlashBatch, FlashCache, Kernel
+from .graphs import DecodeGraphs
+from .lean import LeanDecoder, is_lean
 
 SUPPORTED: Final = ("llama", "mistral", "opt", "qwen2", "qwen3")
 _ROPES: Final = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -55,23 +59,73 @@ class LoadedModel:
 class PagedModel:
     """A model with its KV cache. `forward` computes packed tokens; the caller owns the blocks."""
 
-    def __init__(self, loaded: LoadedModel, num_blocks: int, block_tokens: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, num_blocks: int, block_tokens: int, *,
+        max_requests: int = 0, kernel: Kernel | None = None,
+    ) -> None:  # fmt: skip
+        """`kernel`: attention of one call a layer; None takes PyTorch's on a GPU whose cache it can page, else
+        keys are gathered. With a kernel, decodes of up to `max_requests` requests run as CUDA graphs.
+        """
         self.loaded = loaded
-        self.cache = KvCache(
-            loaded.num_layers, loaded.kv_heads, loaded.head_dim, num_blocks, block_tokens, loaded.dtype, loaded.device
-        )
+        if kernel is None and flash.has_kernel(loaded.dtype, loaded.device, block_tokens):
+            kernel = flash.varlen
+        shape = (loaded.num_layers, loaded.kv_heads, loaded.head_dim, num_blocks, block_tokens)
+        self.cache: KvCache | FlashCache
+        lean = is_lean(loaded.model)
+        self._lean = LeanDecoder(loaded.model, loaded.num_heads, loaded.kv_heads, loaded.head_dim) if lean else None
+        self._graphs: DecodeGraphs | None = None
+        if kernel is None:
+            self.cache = gathered = KvCache(*shape, loaded.dtype, loaded.device)
+            self._compute = partial(self._compute_gathered, gathered)
+        else:
+            self.cache = paged = FlashCache(*shape, loaded.dtype, loaded.device)
+            self._compute = partial(self._compute_paged, paged, kernel)
+            if max_requests:
+                logits = partial(self._all_logits, kernel)
+                self._graphs = DecodeGraphs(paged, logits, max_requests, num_blocks * block_tokens)
 
     def forward(self, spans: Sequence[Span], rows: Sequence[int]) -> torch.Tensor:
-        """Compute `spans` as one batch; the logits [len(rows), vocabulary] of the packed rows `rows`."""
-        batch = attention.pack(spans, self.cache, self.loaded.num_heads // self.loaded.kv_heads)
-        hidden: torch.Tensor = self.loaded.model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, slos_batch=batch
-        ).last_hidden_state[0]
+        """Compute `spans` as one batch; the logits [len(rows), vocabulary] of the packed rows `rows`.
+
+        Valid until the next call.
+        """
+        if self._graphs is not None and self._graphs.takes(spans, rows):
+            return self._graphs(spans)
+        return self._compute(spans, rows)
+
+    def _compute_gathered(self, cache: KvCache, spans: Sequence[Span], rows: Sequence[int]) -> torch.Tensor:
+        batch = attention.pack(spans, cache, self.loaded.num_heads // self.loaded.kv_heads)
+        hidden = self._hidden(batch.input_ids[0], batch.position_ids[0], partial(attention.attend, batch))
         if not rows:
             return hidden.new_empty(0, self.loaded.vocab_size)
         picked = np.resize(rows, -(-len(rows) // ROWS) * ROWS)  # repeats rows to fill up
         logits: torch.Tensor = self.loaded.model.lm_head(hidden[torch.from_numpy(picked).to(hidden.device)])
         return logits[: len(rows)]
+
+    def _compute_paged(
+        self, cache: FlashCache, kernel: Kernel, spans: Sequence[Span], rows: Sequence[int]
+    ) -> torch.Tensor:
+        batch = flash.pack(spans, cache)
+        hidden = self._hidden(batch.input_ids, batch.position_ids, partial(flash.attend, batch, kernel))
+        picked = torch.tensor(rows, dtype=torch.int64)
+        if hidden.is_cuda:
+            picked = picked.pin_memory().to(hidden.device, non_blocking=True)
+        logits: torch.Tensor = self.loaded.model.lm_head(hidden[picked])
+        return logits
+
+    def _all_logits(self, kernel: Kernel, batch: FlashBatch) -> torch.Tensor:
+        hidden = self._hidden(batch.input_ids, batch.position_ids, partial(flash.attend, batch, kernel))
+        logits: torch.Tensor = self.loaded.model.lm_head(hidden)
+        return logits
+
+    def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Hidden states [tokens, hidden] of packed tokens."""
+        if self._lean is not None:
+            return self._lean(input_ids, position_ids, attend)
+        hidden: torch.Tensor = self.loaded.model.base_model(
+            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, slos_attend=attend
+        ).last_hidden_state[0]
+        return hidden
 
 
 def load_model(
@@ -93,6 +147,22 @@ def load_model(
             raise ModelError(f"dtype: must be one of {', '.join(_DTYPES)}, got {dtype!r}")
         dtype = _DTYPES[dtype]
     return _facts(folder, _load(folder, dtype, torch.device(device)), dtype, torch.device(device))
+
+
+def random_model(config: Any, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> LoadedModel:
+    """A model of this transformers configuration with random weights, made on the device: nothing is read.
+
+    Its `folder` is the name of the configuration's family and does not exist.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+    model = model.eval()
+    _lay_out_weights(model)
+    return _facts(Path(config.model_type), model, dtype, torch.device(device))
 
 
 def check_draft(target: LoadedModel, draft: LoadedModel) -> None:

@@ -27,6 +27,7 @@ from types import FrameType
 from typing import IO, Final
 
 from . import runtime
+from .overlay import overlay, parse_settings
 from .processes import Launch
 from .replicas import PORT_STEP, Replicas, write_router_repository
 from .runtime import StartError
@@ -86,6 +87,12 @@ def add_supervisor_arguments(parser: argparse.ArgumentParser) -> None:
     for name in _OUR_LIMITS:
         kind = type(defaults[name])
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=defaults[name], metavar="N")
+    group = parser.add_argument_group("settings of this run")
+    text = "a setting of engine.json for this run; the file stays as it is (may be given again)"
+    group.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=text)
+    group.add_argument(
+        "--record", type=Path, metavar="FILE", help="append every scheduler call, for `slos-serve replay`"
+    )
 
 
 def _is_on(text: str) -> bool:
@@ -124,9 +131,10 @@ def prepare(argv: Sequence[str], folder: Path) -> tuple[Launch, argparse.Namespa
     installation = runtime.find_installation()
     env = runtime.environment(installation, folder)
     _check(args, installation, env)
+    repositories = _with_settings(args, folder)
     prefix = "" if any("shm-region-prefix-name" in text for text in args.backend_config) else _shm_prefix()
     command = [str(installation.binary), *rest]
-    command += [f"--model-repository={path}" for path in args.model_repository]
+    command += [f"--model-repository={path}" for path in repositories]
     command += [f"--model-control-mode={args.model_control_mode}"]
     command += [f"--backend-directory={args.backend_directory or runtime.assemble(installation, folder)}"]
     command += [f"--backend-config={text}" for text in args.backend_config]
@@ -145,6 +153,19 @@ def prepare(argv: Sequence[str], folder: Path) -> tuple[Launch, argparse.Namespa
         exit_seconds=args.exit_timeout_secs,
     )
     return launch, args
+
+
+def _with_settings(args: argparse.Namespace, folder: Path) -> list[str]:
+    """The model repositories, with the settings of this run where there are any."""
+    settings = parse_settings(args.set)
+    if args.record:
+        settings["record"] = str(args.record.absolute())
+    if not settings:
+        return list(args.model_repository)
+    return [
+        str(overlay(Path(path), folder / f"repository-{index}", settings))
+        for index, path in enumerate(args.model_repository)
+    ]
 
 
 def _shm_prefix() -> str:
@@ -221,7 +242,9 @@ def run(args: argparse.Namespace) -> int:
     if args.instances < 1:
         raise ValueError(f"--instances: must be at least 1, got {args.instances}")
     if args.instances == 1 and not args.router:
-        return tritonserver(_serve_argv(args, args.model_repository, 0))
+        return tritonserver(_serve_argv(args, args.model_repository, 0) + _changes(args))
+    if args.record:
+        raise ValueError("--record: several instances would write into one file; record one")
     logging.basicConfig(level=logging.INFO, format="slos-serve: %(message)s")
     folder = Path(tempfile.mkdtemp(prefix="slos-serve-"))
     try:
@@ -242,7 +265,7 @@ def prepare_replicas(args: argparse.Namespace, folder: Path) -> list[Launch]:
     for index in range(1, args.instances + 1):
         (own := folder / f"instance-{index}").mkdir()
         steps = index if args.router else index - 1
-        launches.append(prepare(_serve_argv(args, args.model_repository, PORT_STEP * steps), own)[0])
+        launches.append(prepare(_serve_argv(args, args.model_repository, PORT_STEP * steps) + _changes(args), own)[0])
         _LOG.info("instance %d: http=%s grpc=%s", index, launches[-1].http, launches[-1].grpc)
     if args.router:
         (own := folder / "router").mkdir()
@@ -251,6 +274,11 @@ def prepare_replicas(args: argparse.Namespace, folder: Path) -> list[Launch]:
         launches.append(prepare(_serve_argv(args, str(repository), 0), own)[0])
         _LOG.info("router: http=%s grpc=%s", launches[-1].http, launches[-1].grpc)
     return launches
+
+
+def _changes(args: argparse.Namespace) -> list[str]:
+    """What is changed in the settings of the instances, but not in a router's."""
+    return [f"--set={each}" for each in args.set] + ([f"--record={args.record}"] if args.record else [])
 
 
 def _serve_argv(args: argparse.Namespace, repository: str, above: int) -> list[str]:

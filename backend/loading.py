@@ -29,8 +29,10 @@ class Loaded:
 
 def load_engine(config: EngineConfig, version_dir: Path) -> Loaded:
     """Load the model into the engine that the settings name. Raises ValueError for what cannot be loaded."""
+    if config.engine == "tensorrt_llm":
+        raise ValueError("engine: tensorrt_llm is measured by `slos-serve trtllm-check`, which writes its time model")
     if config.engine != "torch":
-        raise ValueError(f"engine: must be one of torch, got {config.engine!r}")
+        raise ValueError(f"engine: must be one of torch, tensorrt_llm, got {config.engine!r}")
     import torch
 
     from .hf_model import load_model

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 PUBLISH_SECONDS: Final = 0.2
 PROBE_PREFIX: Final = "probe-"
+MODES: Final = ("full", "trim", "governor", "shadow")
+DETAILED: Final = ("repair", "difference", "step_down", "refused")  # events whose details are few
 
 TTFT_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 TPOT_BUCKETS: Final = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
@@ -60,6 +62,8 @@ FAMILIES: Final = (
     Family("slos_serve_best_effort_requests", "gauge", "Requests in flight without a promise"),
     Family("slos_serve_waiting_tokens", "gauge", "Known tokens that are still to be computed"),
     Family("slos_serve_kv_blocks", "gauge", "KV blocks by state: used, total"),
+    Family("slos_serve_trtllm_mode", "gauge", "1 for the mode the planner is in: full, trim, governor, shadow"),
+    Family("slos_serve_trtllm_events_total", "counter", "Of the planner in TensorRT-LLM by kind and detail"),
     Family("slos_serve_engine_heartbeat_seconds", "gauge", "Unix time of the engine thread's last sign of life"),
 )
 
@@ -154,6 +158,18 @@ class Metrics:
             if outcome == "finished" and not request.is_best_effort:
                 kept = {"admitted": _word(ledger.admitted), "attained": _word(ledger.attained)}
                 numbers.add("slos_serve_slo_total", 1, slo_class=name, **kept)
+
+    def counted(self, kind: str, detail: str) -> None:
+        """Something happened to the planner inside TensorRT-LLM; details of faults are left to the log."""
+        known = detail if kind in DETAILED else ""
+        with self._lock:
+            self._numbers.add("slos_serve_trtllm_events_total", 1, kind=kind, detail=known)
+
+    def in_mode(self, mode: str) -> None:
+        """How much the planner decides."""
+        with self._lock:
+            for name in MODES:
+                self._numbers.set("slos_serve_trtllm_mode", float(name == mode), mode=name)
 
     def refused(self, code: str) -> None:
         """A request was refused before it was taken on."""

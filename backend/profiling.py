@@ -23,8 +23,7 @@ from typing import Any, Final
 from slos_serve.scheduler.core import Chunk, Plan
 from slos_serve.scheduler.perf import BatchShape, FitQuality, PerfModel, fit, quality
 
-from .sampling import SamplingParams
-from .torch_engine import Generation
+from .generation import Generation, SamplingParams
 from .worker import ServingEngine
 
 log = logging.getLogger(__name__)

@@ -25,13 +25,12 @@ import triton_python_backend_utils as pb_utils
 from slos_serve.client.wire import INPUTS, OUTPUTS, Array, text
 
 from .config import EngineConfig, SloClass, read_config
-from .herald import Herald, Meter
+from .herald import Herald
 from .metrics import Metrics, TritonExporter
 from .refusal import Refusal, invalid
 from .responder import Reply, Responder
 from .roster import Roster
 from .sessions import Sessions
-from .worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -130,11 +129,9 @@ class TritonPythonModel:
             sessions=sessions,
         )
         self._roster = Roster(config.max_requests, config.max_queued_tokens, built.prefill_seconds)
-        meter = Meter(built.engine.capabilities, built.batch_seconds)
+        meter = built.meter()
         self._herald = Herald(meter, _facts(config, labels, built.fingerprint, built.max_context))
-        self._worker = Worker(
-            scheduler=built.scheduler,
-            engine=built.engine,
+        self._worker = built.worker(
             voice=self._responder,
             observer=self._metrics,
             roster=self._roster,

@@ -90,7 +90,7 @@ class Ledger:
         }
 
     def _stages(self) -> Iterator[dict[str, Any]]:
-        dues = list(due_times(self.request.stages, self.stage_tokens, self.request.arrived_at))
+        dues = due_times(self.request.stages, self.stage_tokens, self.request.arrived_at).tolist()
         end = 0
         for index, (stage, count) in enumerate(zip(self.request.stages, self.stage_tokens, strict=False)):
             start, end = end, end + count

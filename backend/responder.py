@@ -25,7 +25,7 @@ from slos_serve.client.wire import Array
 from .refusal import Refusal
 from .tickets import Parked
 
-if TYPE_CHECKING:  # imports torch
+if TYPE_CHECKING:
     from .translate import Submission
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .attention import Ints
-from .sampling import FAILED, Row, SamplingParams
+from .generation import SamplingParams
+from .sampling import FAILED, Row
 
 
 @dataclass(frozen=True, slots=True)

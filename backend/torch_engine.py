@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,43 +20,15 @@ import torch
 from slos_serve.scheduler.core import Advance, Capabilities, Chunk, Plan, StepReport
 
 from .attention import Span
+from .flash import Kernel
+from .generation import Generation, Output
 from .hf_model import LoadedModel, PagedModel, check_draft
 from .kv_pool import KvPool
-from .sampling import Row, SamplingParams
+from .sampling import Row
 from .sequence import Gain, Sequence, as_ids
 from .speculation import NO_GUESS, Ask, Drafter, Guess, ModelDrafter, NgramDrafter, verify
 
 _NO_GAIN = Gain(())
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What to generate: a prompt, the most new tokens of each stage (several: thinking, then the answer), how.
-
-    `stop` is called with every new token in order; True finishes the request, the token is kept. The last
-    `resumed` of `token_ids` were generated elsewhere: the next token is drawn as the one after them.
-    """
-
-    request_id: str
-    token_ids: Many[int]
-    stage_limits: tuple[int, ...]
-    sampling: SamplingParams
-    stop: Callable[[int], bool] | None = None
-    resumed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one request gained in a step. `finish_reason`: None, or "stop", "length" or "error" in its last one.
-
-    Of `drafted` guesses that were really made, `accepted` are among the tokens.
-    """
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-    drafted: int = 0
-    accepted: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -89,10 +62,12 @@ class TorchEngine:
         max_draft: int = 0,
         think_end_id: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        kernel: Kernel | None = None,
     ) -> None:
         """`max_draft` > 0 without a draft model: guesses are looked up in the request's own tokens.
 
-        `think_end_id` is the token that ends the thinking stage. Raises ValueError for sizes that do not fit.
+        `think_end_id` is the token that ends the thinking stage. `kernel`: see `PagedModel`. Raises ValueError
+        for sizes that do not fit.
         """
         draft = draft if max_draft else None
         for loaded in (model, draft):
@@ -104,8 +79,9 @@ class TorchEngine:
             num_blocks, block_tokens, max_batch_tokens, max_batch_requests, max_context, max_draft=max_draft
         )
         self._pool = KvPool(num_blocks, block_tokens)
-        self._model = PagedModel(model, num_blocks, block_tokens)
-        self._drafter = _drafter(draft, num_blocks, block_tokens, max_draft)
+        paged = partial(PagedModel, num_blocks=num_blocks, block_tokens=block_tokens, max_requests=max_batch_requests)
+        self._model = paged(model, kernel=kernel)
+        self._drafter = _drafter(None if draft is None else paged(draft, kernel=kernel), num_blocks, max_draft)
         self._think_end_id = think_end_id
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}
@@ -365,9 +341,7 @@ def _num_blocks(model: LoadedModel, draft: LoadedModel | None, kv_cache_bytes: i
     return num_blocks
 
 
-def _drafter(draft: LoadedModel | None, num_blocks: int, block_tokens: int, max_draft: int) -> Drafter | None:
+def _drafter(draft: PagedModel | None, num_blocks: int, max_draft: int) -> Drafter | None:
     if not max_draft:
         return None
-    if draft is None:
-        return NgramDrafter()
-    return ModelDrafter(PagedModel(draft, num_blocks, block_tokens), num_blocks)
+    return NgramDrafter() if draft is None else ModelDrafter(draft, num_blocks)

@@ -18,11 +18,10 @@ from slos_serve.scheduler.core import Request, Slo, Stage
 
 from .config import SloClass
 from .fields import Values, milliseconds, name_of, read_fields
+from .generation import Generation, SamplingParams
 from .refusal import Refusal, invalid
-from .sampling import SamplingParams
 from .sessions import Sessions
 from .tokenizer import Codec, IncrementalDecoder, StopText
-from .torch_engine import Generation
 
 SAMPLING_FIELDS: Final = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",

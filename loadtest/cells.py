@@ -43,6 +43,7 @@ class Profile:
     name: str
     perf: PerfModel
     kv_capacity_tokens: int
+    kv_bytes_per_token: int
     capabilities: Capabilities
     source: str
     licence: str
@@ -68,9 +69,18 @@ def profiles() -> list[str]:
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
+LINEAR: Final = "-linear"
+
+
 @cache
 def load_profile(name: str) -> Profile:
-    """A shipped profile. Raises ValueError listing the known names."""
+    """A shipped profile; with the suffix `-linear` without its attention terms, as the paper models time.
+
+    Raises ValueError listing the known names.
+    """
+    if name.endswith(LINEAR):
+        whole = load_profile(name.removesuffix(LINEAR))
+        return replace(whole, name=name, perf=replace(whole.perf, per_context=0.0, per_area=0.0))
     known("profile", name, profiles())
     data = json.loads(files("slos_serve.scheduler").joinpath("profiles", f"{name}.json").read_text())
     return _profile(data)
@@ -89,7 +99,13 @@ def _profile(data: Mapping[str, Any]) -> Profile:
         max_context=capacity,
     )
     return Profile(
-        data["name"], replace(kernels, pieces=pieces), capacity, capabilities, data["source"], data["licence"]
+        name=data["name"],
+        perf=replace(kernels, pieces=pieces),
+        kv_capacity_tokens=capacity,
+        kv_bytes_per_token=int(data["kv_bytes_per_token"]),
+        capabilities=capabilities,
+        source=data["source"],
+        licence=data["licence"],
     )
 
 
@@ -201,15 +217,18 @@ ARRIVALS: Final = (*PROCESSES, *RECORDED)
 
 
 @cache
-def _trace(path: Path) -> tuple[Arrival, ...]:
-    return tuple(read_trace(path))
+def _trace(path: Path, default_class: str = "chatbot") -> tuple[Arrival, ...]:
+    return tuple(read_trace(path, default_class))
 
 
-def horizon(load: Load, lifetime: float, rate: float) -> float:
-    """Seconds of arrivals to draw where sessions last `lifetime` seconds and about `rate` come per second."""
-    seconds = max(10.0 * lifetime, load.min_requests / rate)
+def horizon(load: Load, lifetime: float, rate: float, share: float = 1.0) -> float:
+    """Seconds of arrivals to draw where sessions last `lifetime` seconds and about `rate` come per second.
+
+    `share` of that for a rehearsal, whole bursts all the same.
+    """
+    seconds = share * max(10.0 * lifetime, load.min_requests / rate)
     if load.arrivals == "bursts":
-        seconds = max(math.ceil(seconds / load.burst_period), MIN_BURSTS) * load.burst_period
+        seconds = max(math.ceil(seconds / load.burst_period), round(share * MIN_BURSTS)) * load.burst_period
     return seconds
 
 
@@ -292,15 +311,17 @@ class Turn:
 
 
 def turns(
-    arrivals: Sequence[Arrival], profile: Profile, targets: Mapping[str, Target], floor: float
+    arrivals: Sequence[Arrival], profile: Profile, targets: Mapping[str, Target], floor: float, *, told: bool = False
 ) -> tuple[list[Turn], int]:
     """The first round of each session, later ones linked to it; and how many sessions were left out.
+
+    With `told` each request says how long its output will be.
 
     Left out are those with a round that alone exceeds the KV memory. Raises ValueError for an unknown class.
     """
     sessions = by_session(arrivals)
     fitting = [rounds for rounds in sessions if all(_fits(each, profile) for each in rounds)]
-    firsts = [_linked(rounds, unit, profile, targets, floor) for unit, rounds in enumerate(fitting)]
+    firsts = [_linked(rounds, unit, profile, targets, floor, told) for unit, rounds in enumerate(fitting)]
     return firsts, len(sessions) - len(fitting)
 
 
@@ -308,9 +329,9 @@ def _fits(arrival: Arrival, profile: Profile) -> bool:
     return arrival.prompt_tokens + arrival.output_tokens < profile.kv_capacity_tokens
 
 
-def check_trace(path: Path, profile: Profile, targets: Mapping[str, Target]) -> None:
+def check_trace(path: Path, profile: Profile, targets: Mapping[str, Target], default_class: str = "chatbot") -> None:
     """Raises ValueError naming file, line and field of the first row that this cell can never serve."""
-    for (line, _), arrival in zip(rows(path), _trace(path), strict=True):
+    for (line, _), arrival in zip(rows(path), _trace(path, default_class), strict=True):
         if arrival.slo_class not in targets:
             names = ", ".join(sorted(targets))
             raise ValueError(f"{path}, line {line}: slo_class: unknown class {arrival.slo_class!r}; known: {names}")
@@ -322,7 +343,7 @@ def check_trace(path: Path, profile: Profile, targets: Mapping[str, Target]) -> 
 
 
 def _linked(
-    rounds: Sequence[Arrival], unit: int, profile: Profile, targets: Mapping[str, Target], floor: float
+    rounds: Sequence[Arrival], unit: int, profile: Profile, targets: Mapping[str, Target], floor: float, told: bool
 ) -> Turn:
     turn: Turn | None = None
     delay = 0.0
@@ -341,6 +362,7 @@ def _linked(
             hidden,
             slo_class=arrival.slo_class,
             session=None if len(rounds) == 1 else str(unit),
+            expected_new_tokens=float(arrival.output_tokens) if told else None,
         )
         turn = Turn(request, arrival.output_tokens, stages, unit, turn, delay)
         delay = arrival.tool_delay

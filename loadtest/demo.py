@@ -21,6 +21,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,11 +37,13 @@ from .workload import (
     Arrival,
     Limits,
     Rng,
+    Times,
     Workload,
     chatbot,
     coding,
     fit,
     merged,
+    poisson,
     reasoning,
     replay,
     representative,
@@ -94,10 +97,24 @@ def traffic(rng: Rng, rate: float, seconds: float) -> list[Arrival]:
     for part in PARTS:
         trace, share = traces.arrival_times(part.rhythm), rate * part.share
         times = representative(rng, _replayed(trace, share, seconds), share * seconds)
-        limits = Limits(part.prompt_scale, part.output_scale, MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS)
-        arrivals = fit(part.workload(rng, times), limits)
-        parts.append([replace(arrival, slo_class=part.slo_class) for arrival in arrivals])
+        parts.append(_arrivals(rng, part, times))
     return merged(parts)
+
+
+def steady_traffic(rng: Rng, rate: float, seconds: float) -> list[Arrival]:
+    """The same mixture without the traces' bursts: `rate` Poisson arrivals per second, the same at all times."""
+    parts = []
+    for part in PARTS:
+        share = rate * part.share
+        times = representative(rng, partial(poisson, rate=share, seconds=seconds), share * seconds)
+        parts.append(_arrivals(rng, part, times))
+    return merged(parts)
+
+
+def _arrivals(rng: Rng, part: Part, times: Times) -> list[Arrival]:
+    limits = Limits(part.prompt_scale, part.output_scale, MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS)
+    arrivals = fit(part.workload(rng, times), limits)
+    return [replace(arrival, slo_class=part.slo_class) for arrival in arrivals]
 
 
 def _replayed(trace: Any, rate: float, seconds: float) -> Callable[[Rng], Any]:
@@ -127,14 +144,14 @@ class ServerFailed(Exception):
 
 
 @asynccontextmanager
-async def server(repository: Path) -> AsyncIterator[Served]:
-    """Start the real server on free ports, wait until it is ready, and stop it in the end.
+async def server(repository: Path, *options: str) -> AsyncIterator[Served]:
+    """Start the real server on free ports, wait until it is ready, and stop it in the end. `options` are of `serve`.
 
     Raises ServerFailed with the end of its log when it does not become ready.
     """
     with tempfile.TemporaryDirectory(prefix="slos-demo-") as folder:
         command = [sys.executable, "-m", "slos_serve.backend.cli", "serve", f"--model-repository={repository}"]
-        command += [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+        command += [*(f"--{name}-port=0" for name in ("http", "grpc", "metrics")), *options]
         process = await asyncio.create_subprocess_exec(
             *command,
             stdout=asyncio.subprocess.PIPE,
@@ -211,14 +228,20 @@ def _progress(ledger: Ledger, seconds: float) -> str:
     )
 
 
-async def measured_rate(callers: Sequence[tuple[str, Caller, float]], rng: Rng) -> tuple[float, float]:
-    """The rate (arrivals per second) that asks for LOAD of the tokens per second measured now, and those."""
+async def measured_rate(
+    callers: Sequence[tuple[str, Caller, float]],
+    rng: Rng,
+    load: float = LOAD,
+    seconds: float = PROBE_SECONDS,
+    concurrency: int = PROBE_REQUESTS,
+) -> tuple[float, float]:
+    """The rate (arrivals per second) that asks for `load` of the tokens per second measured now, and those."""
     sample = traffic(rng, rate=10.0, seconds=60.0)
     ready = shots(sample, callers[:1], rng, prefix=_run_name())
     rng.shuffle(ready)  # type: ignore[arg-type]
-    tokens_per_second = await probe(ready, PROBE_REQUESTS, PROBE_SECONDS)
+    tokens_per_second = await probe(ready, concurrency, seconds)
     tokens_per_arrival = sum(arrival.output_tokens for arrival in sample) / (10.0 * 60.0)
-    return max(LEAST_RATE, LOAD * tokens_per_second / tokens_per_arrival), tokens_per_second
+    return max(LEAST_RATE, load * tokens_per_second / tokens_per_arrival), tokens_per_second
 
 
 def samples(ledger: Ledger, ready: Sequence[Shot]) -> str:

@@ -2,8 +2,8 @@
 
 One cell is a workload under arrivals on a profile with a policy and replicas, from a seed; lists make a
 matrix. Results are equal for equal arguments on any machine with the same numpy, except for the planner's
-real time. Results are written as one JSON file, whole or not at all, after each cell; with `--resume` or `--all`
-cells that are already in it are not played again.
+real time. Results are written as one JSON file, whole or not at all, after each cell; with `--resume`, `--all`
+or `--study` cells that are already in it are not played again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,8 +26,25 @@ from typing import Any, Final
 import numpy as np
 
 from slos_serve.scheduler import Capabilities, PerfModel, Planner
+from slos_serve.scheduler.attainment import RULES, Rule
 
-from .capacity import EXAMINED, RULES, Fleet, Parameters, Policy, Rule, Score, Search, play, rate_at, score
+from .bound import bounds
+from .capacity import (
+    EXAMINED,
+    STEPS_PER_DOUBLING,
+    UNTUNED,
+    Fleet,
+    Parameters,
+    Played,
+    Policy,
+    Score,
+    Search,
+    group_size,
+    ours,
+    play,
+    rate_at,
+    score,
+)
 from .cells import (
     ARRIVALS,
     Load,
@@ -46,11 +63,14 @@ from .cells import (
     profiles,
     turns,
 )
+from .settings import ABLATIONS, LENGTHS, SETTINGS
 from .workload import WORKLOADS
 
 HEADLINE: Final[Rule] = "strict"
 SAMPLE: Final = 500  # sessions that tell a workload's mean lifetime and cost
-MODEST: Final = 0.2  # share of it at which the least number of sessions comes within the horizon
+MODEST: Final = 0.3  # share of it at which the least number of sessions comes within the horizon
+REHEARSAL: Final = 0.25  # of a run's seconds, to rule out parameters
+SLACK: Final = 0.1  # below the target, so far a rehearsal tells how much worse parameters are
 FIRST_GUESS: Final = 0.4  # share of the GPU's raw token rate where the search starts
 
 
@@ -73,6 +93,8 @@ class Cell:
     trace: Path | None = None
     min_requests: int = 600
     burst_period: float = 60.0
+    setting: str = ""
+    untuned: bool = False
 
     @property
     def load(self) -> Load:
@@ -96,7 +118,16 @@ class Cell:
             "trace": str(self.trace) if self.trace else None,
             "min_requests": self.min_requests,
             "burst_period_s": self.burst_period,
+            "setting": self.setting,
+            "untuned": self.untuned,
         }
+
+    def examined(self) -> Policy:
+        """The policy; ours in the cell's setting, others as they come when `untuned`."""
+        if self.policy == "slos_serve":
+            return ours(SETTINGS[self.setting])
+        policy = EXAMINED[self.policy]
+        return replace(policy, sweep=(UNTUNED[self.policy],)) if self.untuned and self.policy in UNTUNED else policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,23 +140,40 @@ class Scene:
     lifetime: float
     cost: float
 
-    def firsts(self, rate: float) -> tuple[list[Turn], float, int]:
-        """The sessions at a rate, the seconds they span, and how many did not fit the KV memory."""
+    def firsts(self, rate: float, share: float = 1.0) -> tuple[list[Turn], float, int]:
+        """The sessions at a rate, the seconds they span, and how many did not fit the KV memory.
+
+        `share` of the seconds of a whole run.
+        """
         top = self.cell.replicas / self.cost
-        seconds = horizon(self.cell.load, self.lifetime, self.cell.rate or MODEST * top)
+        seconds = horizon(self.cell.load, self.lifetime, self.cell.rate or MODEST * top, share)
         arrivals = draw(self.cell.load, rate, top, seconds, self.cell.seed)
         return (*self._turns(arrivals, seconds),)
 
     def _turns(self, arrivals: Sequence[Any], seconds: float) -> tuple[list[Turn], float, int]:
-        firsts, dropped = turns(arrivals, self.profile, self.targets, self.cell.ttft_floor_ms / 1000)
+        told = SETTINGS[self.cell.setting].told_lengths
+        firsts, dropped = turns(arrivals, self.profile, self.targets, self.cell.ttft_floor_ms / 1000, told=told)
         return firsts, seconds, dropped
 
-    def evaluate(self, parameters: Parameters, rate: float, target: float = 0.0) -> Score:
-        """Play the cell's sessions at `rate`; given up once fewer than the `target` share can attain."""
-        firsts, seconds, dropped = self.firsts(rate)
-        make = partial(_planner, EXAMINED[self.cell.policy], parameters)
-        fleet = Fleet(self.profile, make, self.cell.replicas, self.cell.noise, self.cell.seed)
-        return score(firsts, play(fleet, firsts, target), rate=rate, seconds=seconds, dropped=dropped)
+    def evaluate(self, parameters: Parameters, rate: float, target: float = 0.0, share: float = 1.0) -> Score:
+        """Play the cell's sessions at `rate`; given up once fewer than the `target` share can attain.
+
+        Where a group of GPUs that serve together is larger than the cell's replicas, or does not divide them,
+        the fleet is the next multiple and gets proportionally more of the same trace.
+        """
+        gpus = self._gpus(parameters)
+        firsts, seconds, dropped = self.firsts(rate * gpus / self.cell.replicas, share)
+        return score(firsts, self.play(parameters, firsts, target), rate=rate, seconds=seconds, dropped=dropped)
+
+    def play(self, parameters: Parameters, firsts: Sequence[Turn], target: float = 0.0) -> Played:
+        """Play these sessions on the cell's fleet."""
+        make = partial(_planner, self.cell.examined(), parameters)
+        split = {name: int(parameters[name]) for name in ("prefill", "decode") if name in parameters}
+        fleet = Fleet(self.profile, make, self._gpus(parameters), self.cell.noise, self.cell.seed, **split)
+        return play(fleet, firsts, target)
+
+    def _gpus(self, parameters: Parameters) -> int:
+        return -(-self.cell.replicas // group_size(parameters)) * group_size(parameters)
 
 
 def _planner(policy: Policy, parameters: Parameters, capabilities: Capabilities, perf: PerfModel) -> Planner:
@@ -136,6 +184,9 @@ def scene(cell: Cell) -> Scene:
     """Check a cell and make it ready. Raises ValueError with the known names, or what can never be served."""
     known("policy", cell.policy, EXAMINED)
     known("arrivals", cell.arrivals, [*ARRIVALS, "trace"])
+    known("setting", cell.setting, SETTINGS)
+    if cell.setting and cell.policy != "slos_serve":
+        raise ValueError(f"--setting: only slos_serve has settings, got {cell.setting} with policy {cell.policy}")
     profile, targets = load_profile(cell.profile), parse_targets(cell.slos)
     check_targets(targets, profile)
     if cell.trace is not None:
@@ -168,26 +219,29 @@ def examine(cell: Cell) -> dict[str, Any]:
 
 def _point(ready: Scene, rate: float) -> dict[str, Any]:
     """The best parameters at one rate, by the headline rule."""
-    played = [(parameters, ready.evaluate(parameters, rate)) for parameters in EXAMINED[ready.cell.policy].sweep]
+    played = [(parameters, ready.evaluate(parameters, rate)) for parameters in ready.cell.examined().sweep]
     parameters, best = max(played, key=lambda pair: pair[1].attainment[HEADLINE])
     return {"parameters": dict(parameters), "capacity_per_gpu": {}, **_shown(best), "curve": _curve(played)}
 
 
 def _capacities(ready: Scene) -> dict[str, Any]:
-    cell = ready.cell
-    start = round(24 * float(np.log2(max(FIRST_GUESS * cell.replicas / ready.cost, 1e-3))))
-    sweep = EXAMINED[cell.policy].sweep
-    search = Search(sweep, lambda parameters, step: ready.evaluate(parameters, rate_at(step), min(cell.targets)), start)
+    """The capacity by the first rule and target to the grid's resolution; all others read off the curve."""
+    cell, sweep = ready.cell, ready.cell.examined().sweep
+    least = min(cell.targets)
+    search = Search(
+        sweep,
+        lambda parameters, step: ready.evaluate(parameters, rate_at(step), least),
+        start=round(STEPS_PER_DOUBLING * float(np.log2(max(FIRST_GUESS * cell.replicas / ready.cost, 1e-3)))),
+        rehearse=lambda parameters, step: ready.evaluate(parameters, rate_at(step), least - SLACK, REHEARSAL),
+    )
+    headline = search.capacity(cell.rules[0], cell.targets[0])
     capacities: dict[str, dict[str, float]] = {}
     chosen: dict[str, dict[str, Parameters | None]] = {}
-    headline: tuple[int, int] | None = None
     for rule, target in itertools.product(cell.rules, cell.targets):
-        found = search.capacity(rule, target)
-        if (rule, target) == (cell.rules[0], cell.targets[0]):
-            headline = found
+        first = (rule, target) == (cell.rules[0], cell.targets[0])
+        found = headline if first or headline is None else search.read(rule, target)
         capacities.setdefault(rule, {})[f"{target:g}"] = rate_at(found[1]) / cell.replicas if found else 0.0
         chosen.setdefault(rule, {})[f"{target:g}"] = dict(sweep[found[0]]) if found else None
-        search.start = found[1] if found else search.start
     result: dict[str, Any] = {"parameters": None, "capacity_per_gpu": capacities, "chosen": chosen}
     if headline is not None:
         result |= {"parameters": dict(sweep[headline[0]]), **_shown(search.played(*headline))}
@@ -221,6 +275,20 @@ def _curve(played: Iterable[tuple[Parameters, Score]]) -> list[dict[str, Any]]:
     ]
 
 
+@cache
+def _bounds(cell: Cell) -> Mapping[str, float]:
+    ready = scene(cell)
+    start = FIRST_GUESS * cell.replicas / ready.cost
+    return bounds(lambda rate: ready.firsts(rate)[0], ready.profile, cell.replicas, cell.targets[0], start)
+
+
+def bound(cell: Cell) -> Mapping[str, float]:
+    """The clairvoyant bounds on the cell's first capacity, per GPU: the same for every policy."""
+    return _bounds(
+        replace(cell, policy="slos_serve", setting="", rules=(HEADLINE,), targets=cell.targets[:1], rate=None)
+    )
+
+
 # Many cells
 
 
@@ -239,9 +307,9 @@ def results(cells: Sequence[Cell], jobs: int) -> Iterator[dict[str, Any]]:
                 future.cancel()
 
 
-def write_json(path: Path, cells: Sequence[Mapping[str, Any]]) -> None:
+def write_json(path: Path, cells: Sequence[Mapping[str, Any]], **others: Any) -> None:
     """Replace the file as a whole."""
-    text = json.dumps({"cells": list(cells)}, indent=1) + "\n"
+    text = json.dumps({"cells": list(cells), **others}, indent=1) + "\n"
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text)
@@ -264,17 +332,43 @@ def _earlier(path: Path | None, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 # The command
 
-ALL: Final[Mapping[str, str]] = {
-    "workload": ",".join(WORKLOADS),
-    "arrivals": "poisson,bursts",
-    "profile": "a100-opt-13b,a100-llama-3-8b,h100-llama-3-8b",
-    "policy": ",".join(EXAMINED),
-}
 ONE: Final[Mapping[str, str]] = {
     "workload": "chatbot",
     "arrivals": "bursts",
     "profile": "a100-llama-3-8b",
     "policy": "slos_serve",
+    "replicas": "1",
+    "ttft_floor_ms": "0",
+    "setting": "",
+    "target": "0.9,0.95,0.99",
+    "rule": ",".join(RULES),
+}
+_EVERYONE: Final = {**ONE, "policy": ",".join(EXAMINED), "workload": ",".join(WORKLOADS)}
+# What is not given takes these values; each part is a product of its own.
+MATRIX: Final[Sequence[Mapping[str, str]]] = (
+    {**_EVERYONE, "arrivals": "bursts,poisson", "profile": "a100-llama-3-8b,a100-opt-13b,h100-llama-3-8b"},
+    {**_EVERYONE, "ttft_floor_ms": "250"},
+    {**_EVERYONE, "arrivals": "azure_code", "workload": "coding,mixed"},
+    {**_EVERYONE, "arrivals": "azure_chat", "workload": "chatbot"},
+)
+_OURS: Final = {**ONE, "target": "0.9", "rule": HEADLINE, "workload": "chatbot,coding,mixed,reasoning"}
+_BOTH_MODELS: Final = "a100-llama-3-8b,a100-opt-13b"
+STUDIES: Final[Mapping[str, Sequence[Mapping[str, str]]]] = {
+    "ablation": ({**_OURS, "profile": _BOTH_MODELS, "setting": ",".join(["", *ABLATIONS])},),
+    "lengths": ({**_OURS, "workload": "chatbot,mixed", "profile": _BOTH_MODELS, "setting": ",".join(LENGTHS)},),
+    "scaling": ({**_OURS, "workload": "coding,mixed", "policy": "slos_serve,sarathi", "replicas": "1,2,4,8"},),
+    "equal_gpus": ({**_OURS, "workload": "coding,mixed", "policy": ",".join(EXAMINED), "replicas": "12"},),
+    "burst": ({**_OURS, "workload": "coding,mixed", "policy": "slos_serve,qoserve,vllm,sarathi"},),
+    "paper": (
+        {
+            **_EVERYONE,
+            "workload": "chatbot,coding,summarization,mixed,tool_calling,reasoning",
+            "arrivals": "poisson,bursts",
+            "profile": "a100-opt-13b-linear",
+            "target": "0.9",
+            "rule": "blocks",
+        },
+    ),
 }
 
 
@@ -289,68 +383,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (names, help_text) in lists.items():
         parser.add_argument(f"--{name}", help=f"{help_text}, a comma-separated list of: {', '.join(names)}")
     parser.add_argument("--trace", type=Path, help="a trace file instead of workload and arrivals (CSV or CSV.gz)")
-    parser.add_argument("--replicas", default="1", help="how many, a list")
+    parser.add_argument("--replicas", help="how many, a list")
     parser.add_argument("--seed", default="0", help="a list")
-    parser.add_argument("--ttft-floor-ms", default="0", help="no TTFT SLO below this, a list; 0: the pure rule")
+    parser.add_argument(
+        "--setting", help=f"parts of slos_serve changed, a list of: {', '.join(filter(None, SETTINGS))}"
+    )
+    parser.add_argument("--ttft-floor-ms", help="no TTFT SLO below this, a list; 0: the pure rule")
     parser.add_argument("--rate", help="sessions per second for all replicas, a list; without: search the capacity")
-    parser.add_argument(
-        "--target", default="0.9,0.95,0.99", help="shares of sessions that must attain, a list; first: headline"
-    )
-    parser.add_argument(
-        "--rule", default=",".join(RULES), help=f"scoring rules for the capacity, a list of {','.join(RULES)}"
-    )
+    parser.add_argument("--target", help="shares of sessions that must attain, a list; first: headline")
+    parser.add_argument("--rule", help=f"scoring rules for the capacity, a list of {','.join(RULES)}")
     parser.add_argument("--noise", type=float, default=0.05, help="relative sd of the iteration times")
     parser.add_argument("--requests", type=int, default=600, help="at least so many sessions per run")
     parser.add_argument("--burst-period", type=float, default=60.0, help="seconds from one burst to the next")
     parser.add_argument("--slo", action="append", default=[], help="CLASS=TTFT/TPOT[/ANSWER_TPOT] in ms, TTFT also 5x")
-    parser.add_argument("--all", action="store_true", help="the full matrix: what is not given takes every name")
+    parser.add_argument("--untuned", action="store_true", help="baselines as they come, nothing swept but ratios")
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument("--all", action="store_true", help="the full matrix, resumable: what is not given varies")
+    several.add_argument("--study", choices=STUDIES, help="the cells of one study instead")
     parser.add_argument("--resume", action="store_true", help="keep the cells that are already in the JSON file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes for several cells")
     parser.add_argument("--json", type=Path, help="write the results here")
 
 
 def cells_of(args: argparse.Namespace) -> list[Cell]:
-    """Every combination that was asked for, checked. Raises ValueError naming the option."""
-    defaults = ALL if args.all else ONE
-    chosen = {name: _names(getattr(args, name) or default) for name, default in defaults.items()}
-    if args.trace is not None:
-        if args.workload or args.arrivals:
-            raise ValueError("--trace: brings its own workload and arrivals, do not give --workload or --arrivals")
-        chosen |= {"workload": [args.trace.name], "arrivals": ["trace"]}
-    else:
-        for name in chosen["arrivals"]:
-            known("arrivals", name, ARRIVALS)
+    """Every combination that was asked for, once, checked. Raises ValueError naming the option."""
+    if args.trace is not None and (args.workload or args.arrivals):
+        raise ValueError("--trace: brings its own workload and arrivals, do not give --workload or --arrivals")
     if args.requests < 10:
         raise ValueError(f"--requests: must be at least 10, got {args.requests}")
-    rules = tuple(rule for rule in RULES if rule in _known_rules(args.rule))
-    rates: Sequence[float | None] = [None] if args.rate is None else _numbers("rate", args.rate, 1e-6, 1e6)
-    combinations = itertools.product(
-        chosen["workload"],
-        chosen["arrivals"],
-        chosen["profile"],
-        chosen["policy"],
-        _numbers("replicas", args.replicas, 1, 1024, whole=True),
-        _numbers("seed", args.seed, 0, 2**31, whole=True),
-        _numbers("ttft-floor-ms", args.ttft_floor_ms, 0, 1e6),
-        rates,
-    )
-    make = partial(
-        Cell,
-        noise=_numbers("noise", str(args.noise), 0, 1)[0],
-        targets=tuple(_numbers("target", args.target, 0.01, 1.0)),
-        rules=rules,
-        slos=tuple(args.slo),
-        trace=args.trace,
-        min_requests=args.requests,
-        burst_period=_numbers("burst-period", str(args.burst_period), 1, 1e6)[0],
-    )
-    cells = [
-        make(workload, arrivals, profile, policy, int(replicas), int(seed), ttft_floor_ms=floor, rate=rate)
-        for workload, arrivals, profile, policy, replicas, seed, floor, rate in combinations
-    ]
+    parts = MATRIX if args.all else STUDIES[args.study] if args.study else (ONE,)
+    cells = list(dict.fromkeys(cell for part in parts for cell in _part(args, part)))
     for cell in cells:
         scene(cell)
     return cells
+
+
+def _part(args: argparse.Namespace, defaults: Mapping[str, str]) -> Iterator[Cell]:
+    """The product of what was given, and of the defaults elsewhere."""
+    chosen = {name: given if (given := getattr(args, name)) is not None else defaults[name] for name in defaults}
+    if args.trace is not None:
+        chosen |= {"workload": args.trace.name, "arrivals": "trace"}
+    else:
+        for name in _names(chosen["arrivals"]):
+            known("arrivals", name, ARRIVALS)
+    targets = tuple(_numbers("target", chosen["target"], 0.01, 1.0))
+    rules = tuple(rule for rule in RULES if rule in _known_rules(chosen["rule"]))
+    rates: Sequence[float | None] = [None] if args.rate is None else _numbers("rate", args.rate, 1e-6, 1e6)
+    noise = _numbers("noise", str(args.noise), 0, 1)[0]
+    burst_period = _numbers("burst-period", str(args.burst_period), 1, 1e6)[0]
+    for workload, arrivals, profile, policy, setting, replicas, seed, floor, rate in itertools.product(
+        _names(chosen["workload"]),
+        _names(chosen["arrivals"]),
+        _names(chosen["profile"]),
+        _names(chosen["policy"]),
+        [name.strip() for name in chosen["setting"].split(",")],
+        _numbers("replicas", chosen["replicas"], 1, 1024, whole=True),
+        _numbers("seed", args.seed, 0, 2**31, whole=True),
+        _numbers("ttft-floor-ms", chosen["ttft_floor_ms"], 0, 1e6),
+        rates,
+    ):
+        yield Cell(
+            workload=workload,
+            arrivals=arrivals,
+            profile=profile,
+            policy=policy,
+            replicas=int(replicas),
+            seed=int(seed),
+            ttft_floor_ms=floor,
+            noise=noise,
+            rate=rate,
+            targets=targets,
+            rules=rules,
+            slos=tuple(args.slo),
+            trace=args.trace,
+            min_requests=args.requests,
+            burst_period=burst_period,
+            setting=setting,
+            untuned=args.untuned or args.study == "paper",
+        )
 
 
 def _names(text: str) -> list[str]:
@@ -378,21 +488,40 @@ def _numbers(option: str, text: str, low: float, high: float, *, whole: bool = F
 
 def run(args: argparse.Namespace) -> int:
     """Play the cells, show the table, write the JSON."""
-    cells = cells_of(args)
     if args.json is not None and not args.json.parent.is_dir():
         raise ValueError(f"--json: no such folder: {args.json.parent}")
-    done = _earlier(args.json, cells) if args.resume or args.all else []
+    cells = cells_of(args)
+    if args.study == "burst":
+        return _bursts(cells, args)
+    done = _earlier(args.json, cells) if args.resume or args.all or args.study else []
     have = [{name: result[name] for name in cells[0].about()} for result in done]
     left = [cell for cell in cells if cell.about() not in have]
     started = time.monotonic()
+    by_about = {json.dumps(cell.about()): cell for cell in left}
     for result in results(left, args.jobs):
-        done.append(result)
+        about = {name: result[name] for name in left[0].about()}
+        known_bound = None if args.rate else dict(bound(by_about[json.dumps(about)]))
+        done.append({**result, "bound": known_bound})
         if args.json is not None:
             write_json(args.json, _in_order(done, cells))
         _progress(len(done), len(cells), time.monotonic() - started)
     if args.json is not None and not left:
         write_json(args.json, _in_order(done, cells))
     print(table(_in_order(done, cells)))
+    return 0
+
+
+def _bursts(cells: Sequence[Cell], args: argparse.Namespace) -> int:
+    """The burst experiment for each workload and profile, all policies together."""
+    from .burst import burst, burst_table
+
+    found = []
+    for cell in dict.fromkeys(replace(cell, policy="slos_serve") for cell in cells):
+        of_cell = [each.policy for each in cells if replace(each, policy="slos_serve") == cell]
+        found.append(burst(cell, of_cell))
+        if args.json is not None:
+            write_json(args.json, [], bursts=found)
+        print(burst_table(found[-1]), flush=True)
     return 0
 
 
@@ -410,8 +539,8 @@ def _progress(done: int, total: int, seconds: float) -> None:
 
 
 _HEADER: Final = (
-    "workload", "arrivals", "profile", "policy", "parameters", "replicas", "seed", "floor ms", "req/s per GPU",
-    "strict", "blocks", "mean", "by tokens", "sessions", "planner ms p50/p99",
+    "workload", "arrivals", "profile", "policy", "parameters or setting", "replicas", "seed", "floor ms",
+    "req/s per GPU", "bound", "strict", "blocks", "mean", "by tokens", "sessions", "planner ms p50/p99",
 )  # fmt: skip
 
 
@@ -427,21 +556,30 @@ def table(done: Sequence[Mapping[str, Any]]) -> str:
 def _line(result: Mapping[str, Any]) -> tuple[str, ...]:
     about = [str(result[name]) for name in ("workload", "arrivals", "profile", "policy")]
     parameters = result["parameters"]
-    told = "-" if not parameters else " ".join(f"{name}={value:g}" for name, value in parameters.items())
+    told = (
+        result["setting"] or "-"
+        if not parameters
+        else " ".join(f"{name}={value:g}" for name, value in parameters.items())
+    )
     where = [told, str(result["replicas"]), str(result["seed"]), f"{result['ttft_floor_ms']:g}"]
     if "attainment" not in result:
-        return (*about, *where, "0", *["-"] * 6)
+        return (*about, *where, "0", _bound_text(result), *["-"] * 6)
     shares = [f"{100 * result['attainment'][rule]:.1f} %" for rule in RULES]
     planner = result["planner_ms"]
     return (
         *about,
         *where,
         _rates(result),
+        _bound_text(result),
         *shares,
         f"{100 * result['token_weighted_attainment']:.1f} %",
         str(result["sessions"]),
         f"{planner['median']:.2f} / {planner['p99']:.2f}",
     )
+
+
+def _bound_text(result: Mapping[str, Any]) -> str:
+    return f"{result['bound']['least']:.3g}" if result.get("bound") else "-"
 
 
 def _rates(result: Mapping[str, Any]) -> str:

@@ -1,14 +1,12 @@
 """Were the promises kept: the scoring rules, a table per application class, and the same as JSON.
 
 Times are the client's: from sending a request to reading a token, the network and both queues included.
-Whether the server kept its promise by its own clock stands beside it, from the receipt. Strict tokens is
-the rule of `scheduler.attainment`; the two milder rules that papers use are defined here. Requests that
-were refused or did not end are misses.
+Whether the server kept its promise by its own clock stands beside it, from the receipt. The rules are
+those of `scheduler.attainment`. Requests that were refused or did not end are misses.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,54 +14,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from slos_serve.scheduler.attainment import TOLERANCE, attained
+from slos_serve.scheduler.attainment import RULES
 from slos_serve.scheduler.core import Slo, Stage
 
 from .play import Ledger, Record
-
-BLOCK_TOKENS: Final = 10
-
-
-def block_attained(
-    stages: Sequence[Stage],
-    stage_tokens: Sequence[int],
-    arrived_at: float,
-    token_times: Sequence[float],
-    block: int = BLOCK_TOKENS,
-) -> bool:
-    """The first token by its TTFT, and in every block of `block` successive gaps of a stage (the last block
-    may be shorter) a mean gap of at most the stage's TPOT: the rule of the SLOs-Serve paper."""
-    paced = _paced_gaps(stages, stage_tokens, token_times)
-    return _first_in_time(stages, arrived_at, token_times) and all(
-        sum(gaps[start : start + block]) <= tpot * len(gaps[start : start + block]) + TOLERANCE
-        for gaps, tpot in paced
-        for start in range(0, len(gaps), block)
-    )
-
-
-def mean_attained(
-    stages: Sequence[Stage], stage_tokens: Sequence[int], arrived_at: float, token_times: Sequence[float]
-) -> bool:
-    """The first token by its TTFT, and in every stage a mean gap of at most its TPOT: DistServe's rule."""
-    longest = max(len(token_times), 1)
-    return block_attained(stages, stage_tokens, arrived_at, token_times, block=longest)
-
-
-def _first_in_time(stages: Sequence[Stage], arrived_at: float, token_times: Sequence[float]) -> bool:
-    slo = stages[0].slo
-    return slo is not None and bool(token_times) and token_times[0] <= arrived_at + slo.ttft + TOLERANCE
-
-
-def _paced_gaps(
-    stages: Sequence[Stage], stage_tokens: Sequence[int], token_times: Sequence[float]
-) -> Iterator[tuple[list[float], float]]:
-    """Per stage that promises something: the gaps before its tokens (none before the very first), its TPOT."""
-    end = 0
-    for stage, count in zip(stages, stage_tokens, strict=False):
-        start, end = end, end + count
-        times = token_times[max(start - 1, 0) : end]
-        if stage.slo is not None:
-            yield [after - before for before, after in itertools.pairwise(times)], stage.slo.tpot
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +43,11 @@ class Judged:
         case = (self.stages, self.stage_tokens, self.record.sent_at, self.token_times)
         return {
             "server": bool(self.receipt.get("attained")),
-            "strict": attained(*case),
-            "block": block_attained(*case),
-            "mean": mean_attained(*case),
+            **{name: rule(*case) for name, rule in RULES.items()},
         }
 
 
-SCORES: Final = ("server", "strict", "block", "mean")
+SCORES: Final = ("server", *RULES)
 
 
 def judge(record: Record) -> Judged:

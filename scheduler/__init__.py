@@ -20,16 +20,17 @@ from .core import (
 )
 from .engine import Engine, Planner
 from .exact import AdmissionProblem, AdmissionResult, Speculation, admit_exact
-from .perf import BatchShape, Correction, FitQuality, PerfModel, Piece, fit, quality
+from .paper import Published
+from .perf import BatchShape, FitQuality, PerfModel, Piece, fit, quality
 from .scheduler import PlannerConfig, Scheduler
 
-# How to make each policy's planner from what the engine can do and its time model. Adding one: a callable in
-# the shape of `scheduler.Compose`, and a line here.
+# How to make each policy's planner from what the engine can do and its time model. Adding one: see `policies`.
 POLICIES: Final[Mapping[str, Callable[[Capabilities, PerfModel], Planner]]] = {
     "slos_serve": Scheduler,
-    "vllm": partial(Scheduler, compose=PrefillFirst()),
-    "sarathi": partial(Scheduler, compose=DecodeFirst()),
-    "qoserve": partial(Scheduler, compose=EarliestDue()),
+    "slos_serve_paper": partial(Scheduler, policy=Published()),
+    "vllm": partial(Scheduler, policy=PrefillFirst()),
+    "sarathi": partial(Scheduler, policy=DecodeFirst()),
+    "qoserve": partial(Scheduler, policy=EarliestDue()),
 }
 
 __all__ = [
@@ -40,7 +41,6 @@ __all__ = [
     "BatchShape",
     "Capabilities",
     "Chunk",
-    "Correction",
     "Decision",
     "DecodeFirst",
     "EarliestDue",
@@ -52,6 +52,7 @@ __all__ = [
     "Planner",
     "PlannerConfig",
     "PrefillFirst",
+    "Published",
     "Request",
     "Scheduler",
     "Slo",

@@ -13,10 +13,10 @@ from enum import IntEnum
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .jit import compiled
-from .table import COMPUTED, DUE, HELD, KNOWN, LENGTH, TPOT, WEIGHT
+from .table import COMPUTED, DUE, HELD, KNOWN, LENGTH, TPOT, VERDICT, WEIGHT
+from .timemodel import AREA, MARGIN, SCALE, batch_seconds, tokens_within
 
 
 class Verdict(IntEnum):
@@ -51,42 +51,6 @@ _LATE: Final = int(Verdict.LATE)
 _CAPACITY: Final = int(Verdict.CAPACITY)
 _MEMORY: Final = int(Verdict.MEMORY)
 _PACE: Final = int(Verdict.PACE)
-
-# Layout of the time model as an array (see `pack`).
-PIECES: Final = 0
-CONTEXT: Final = 1
-AREA: Final = 2
-SCALE: Final = 3
-OFFSET: Final = 4
-MARGIN: Final = 5
-FIRST_PIECE: Final = 6
-
-
-@compiled
-def batch_seconds(perf: Any, tokens: float, context: float, area: float, steps: float) -> float:
-    """Corrected seconds of a batch (`perf.BatchShape`'s fields, in order)."""
-    line = 0.0
-    for i in range(int(perf[PIECES])):
-        at = FIRST_PIECE + 3 * i
-        line = max(line, perf[at] + perf[at + 1] * tokens + perf[at + 2] * steps)
-    raw = line + perf[CONTEXT] * context + perf[AREA] * area
-    return float(max(perf[OFFSET] + perf[SCALE] * raw, 0.2 * raw))
-
-
-@compiled
-def tokens_within(perf: Any, seconds: float, context: float, area: float, steps: float) -> float:
-    """The most tokens (not rounded) whose batch takes at most `seconds`; negative when none fits."""
-    raw = min((seconds - perf[OFFSET]) / perf[SCALE], seconds / 0.2)
-    raw -= perf[CONTEXT] * context + perf[AREA] * area
-    most = 1e12
-    for i in range(int(perf[PIECES])):
-        at = FIRST_PIECE + 3 * i
-        left = raw - perf[at] - perf[at + 2] * steps
-        if left < 0.0:
-            return -1.0
-        if perf[at + 1] > 0.0:
-            most = min(most, left / perf[at + 1])
-    return most
 
 
 @compiled
@@ -123,12 +87,14 @@ def admit(
     slack: float,
     room: float,
     block_tokens: int,
+    settle: bool,
 ) -> int:
     """Choose among the provisional slots `order` (by deadline); returns how many, in `accepted`.
 
     `cap` is the longest iteration, `decodes` and `context` the promised decodes and the sum of their
     contexts, `tightest` their tightest TPOT, `slack` the seconds until the first of them is due, `room`
-    the KV blocks not spoken for. `verdict[i]` tells of `order[i]`. O(n^2) at worst, O(n) when all fit.
+    the KV blocks not spoken for. With `settle` nobody admitted before is set back. `verdict[i]` tells of
+    `order[i]`. O(n^2) at worst, O(n) when all fit.
     """
     count = 0
     tokens = area = blocks = grown = 0.0
@@ -171,10 +137,12 @@ def admit(
                     finish = min(finish, alone)
             if finish <= due:
                 break
-            worst = 0
+            worst = count - 1
             most = -1.0
             for j in range(count):
                 other = accepted[j]
+                if settle and whole[VERDICT, other] == _ADMITTED:
+                    continue
                 cost = (whole[KNOWN, other] - whole[COMPUTED, other]) / max(real[WEIGHT, other], 1e-9)
                 if cost >= most:
                     worst = j
@@ -234,12 +202,3 @@ def shortest_period(
             return period
         period *= ratio
     return cap
-
-
-def pack(pieces: list[tuple[float, float, float]], *terms: float) -> NDArray[np.float64]:
-    """A time model as the array the compiled functions take.
-
-    `pieces` are (base, per_token, per_step); `terms` are per_context, per_area, scale, offset, margin.
-    """
-    flat = [value for piece in pieces for value in piece]
-    return np.array([len(pieces), *terms, *flat], dtype=np.float64)

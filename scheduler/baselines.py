@@ -6,7 +6,7 @@
                    decodes' slack, hopeless requests relegated
 
 None promises anything. All of them preempt the latest arrival when memory runs out and recompute it. Each
-is a callable in the shape of `scheduler.Compose`; their parameters are swept, never guessed.
+has a dataclass of its parameters, which are swept, never guessed; `policies` knows which loop is whose.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from .admission import batch_seconds
 from .batching import (
     BLOCK_TOKENS,
     CONTEXT,
@@ -42,9 +41,9 @@ from .batching import (
     write_decodes,
     write_row,
 )
-from .core import Ints
 from .jit import compiled
 from .table import COMPUTED, DUE, EMITTED, HELD, KNOWN
+from .timemodel import batch_seconds
 
 WATERMARK: Final = 0.01  # share of the blocks kept free when a prompt starts
 
@@ -127,7 +126,7 @@ def fill_prompts(
 
 @compiled
 def finish(whole: Any, chosen: Any, perf: Any, limits: Any, load: Any, batch: Any, counts: Any) -> float:
-    write_decodes(whole, chosen[: int(load[DECODES])], 0, limits, load, batch, counts)
+    write_decodes(whole, chosen[: int(load[DECODES])], np.zeros(whole.shape[1], np.int64), limits, load, batch, counts)
     if counts[ROWS] == 0:
         return 0.0
     return float(batch_seconds(perf, load[TOKENS], load[CONTEXT], load[PREFILL_AREA], 0.0))
@@ -237,24 +236,12 @@ class PrefillFirst:
 
     budget: int = 8192
 
-    def __call__(
-        self, real: Any, whole: Ints, active: Ints, now: float, perf: Any, limits: Any, batch: Ints, evicted: Ints,
-        counts: Ints,
-    ) -> float:  # fmt: skip
-        return prefill_first(whole, active, perf, limits, batch, evicted, counts, float(self.budget))
-
 
 @dataclass(frozen=True, slots=True)
 class DecodeFirst:
     """Sarathi-Serve and vLLM v1: `budget` tokens a batch, decodes first."""
 
     budget: int = 512
-
-    def __call__(
-        self, real: Any, whole: Ints, active: Ints, now: float, perf: Any, limits: Any, batch: Ints, evicted: Ints,
-        counts: Ints,
-    ) -> float:  # fmt: skip
-        return decode_first(whole, active, perf, limits, batch, evicted, counts, float(self.budget))
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,9 +250,3 @@ class EarliestDue:
 
     alpha: float = 1.0
     cap: float = 0.2
-
-    def __call__(
-        self, real: Any, whole: Ints, active: Ints, now: float, perf: Any, limits: Any, batch: Ints, evicted: Ints,
-        counts: Ints,
-    ) -> float:  # fmt: skip
-        return earliest_due(real, whole, active, now, perf, limits, batch, evicted, counts, self.alpha, self.cap)

@@ -18,11 +18,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from .admission import AREA as AREA_TERM
-from .admission import MARGIN, Verdict, admit, batch_seconds, shortest_period, tokens_within
+from .admission import Verdict, admit, shortest_period
+from .drafting import draft_steps, tier_steps
 from .jit import compiled
+from .selection import refine
 from .table import (
-    ACCEPT,
     BEST_EFFORT,
     COMPUTED,
     DUE,
@@ -38,7 +38,10 @@ from .table import (
     TPOT,
     VERDICT,
 )
+from .timemodel import AREA as AREA_TERM
+from .timemodel import MARGIN, batch_seconds, tokens_within
 
+_ADMITTED: Final = int(Verdict.ADMITTED)
 _MISSED: Final = int(Verdict.MISSED)
 _RELEGATED: Final = int(Verdict.RELEGATED)
 
@@ -59,7 +62,12 @@ PATIENCE: Final = 12  # seconds without progress after which best effort is serv
 SHARE: Final = 13  # of a batch's tokens, for the one whose patience is over
 IDLE_CAP: Final = 14  # longest iteration of best-effort work beside promised decodes, in decode-only iterations
 SHARED: Final = 15  # blocks counted more than once because requests share them
-LIMITS: Final = 16
+PACE: Final = 16  # longest iteration beside promised decodes, in their tightest TPOT
+SETTLE: Final = 17  # 1 when a request is promised or declined for good at once
+PURE: Final = 18  # 1 when decodes may wait for an urgent prompt
+OWN_DRAFT: Final = 19  # 1 when each decode may have its own number of guesses
+BY_TIER: Final = 20  # 1 when the published rule per tier chooses the guesses
+LIMITS: Final = 21
 
 # `batch`: one row for each chunk.
 SLOT: Final = 0
@@ -71,6 +79,8 @@ DRAFT: Final = 3
 ROWS: Final = 0
 EVICTED: Final = 1
 STEPS: Final = 2
+CHANGED: Final = 3  # verdicts nobody was told of
+COUNTS: Final = 4
 
 # `load`: the batch as it grows (float64).
 TOKENS: Final = 0
@@ -225,7 +235,15 @@ def make_room(
 
 @compiled
 def period_of(
-    real: Any, whole: Any, accepted: Any, now: float, first_due: float, load: Any, perf: Any, limits: Any
+    real: Any,
+    whole: Any,
+    accepted: Any,
+    now: float,
+    first_due: float,
+    tightest: float,
+    load: Any,
+    perf: Any,
+    limits: Any,
 ) -> tuple[float, float, bool]:
     """How long this iteration may be with promises only, and with best effort; and whether decodes wait.
 
@@ -236,6 +254,7 @@ def period_of(
     cap = limits[CAP]
     if load[DECODES] > 0:
         cap = min(cap, first_due - now)
+        cap = min(cap, limits[PACE] * tightest)
     cap = max(cap, alone)
     period = cap
     if load[DECODES] > 0:
@@ -253,7 +272,7 @@ def period_of(
         pure = batch_seconds(perf, left, 0.0, area, 0.0) * margin
         if mixed <= wait:
             period = min(period, max(wait, mixed))
-        elif pure <= wait and load[DECODES] > 0 and pure + alone <= first_due - now:
+        elif limits[PURE] > 0.5 and pure <= wait and load[DECODES] > 0 and pure + alone <= first_due - now:
             # The prompt would miss beside the decodes, and all of them can wait for it.
             wait = min(wait, first_due - now - alone)
             return wait / margin, wait / margin, True
@@ -270,30 +289,6 @@ def prompt_tokens_within(perf: Any, seconds: float, load: Any, past: float, left
             area = load[PREFILL_AREA] + chunk * (past + 0.5 * chunk)
             most = tokens_within(perf, seconds, load[CONTEXT], area, 0.0) - load[TOKENS]
     return float(most)
-
-
-@compiled
-def draft_steps(real: Any, whole: Any, decodes: Any, load: Any, perf: Any, limit: int, longest: float) -> int:
-    """Guesses per decode that give most tokens per second within `longest` seconds; 0 when none pays.
-
-    With acceptance a, n guesses yield (1 - a^(n+1)) / (1 - a) tokens (Leviathan et al., 2023). The cost
-    is the model's: n + 1 verified tokens each and n draft steps.
-    """
-    best = 0
-    # Guesses must win clearly: their cost is better known than their gain.
-    best_rate = 1.05 * decodes.size / batch_seconds(perf, decodes.size, load[CONTEXT], 0.0, 0.0)
-    for steps in range(1, limit + 1):
-        gain = 0.0
-        for slot in decodes:
-            accept = min(real[ACCEPT, slot], 0.999)
-            own = min(steps, int(whole[LEFT, slot]) - 1)
-            gain += (1.0 - accept ** (own + 1)) / (1.0 - accept)
-        seconds = batch_seconds(perf, decodes.size * (steps + 1.0), load[CONTEXT], 0.0, steps)
-        if seconds > longest:
-            break
-        if gain / seconds > best_rate:
-            best, best_rate = steps, gain / seconds
-    return best
 
 
 # The steps of compose
@@ -484,11 +479,12 @@ def write_row(batch: Any, counts: Any, slot: int, start: float, size: float, dra
 
 
 @compiled
-def write_decodes(whole: Any, chosen: Any, steps: int, limits: Any, load: Any, batch: Any, counts: Any) -> None:
-    """Rows for the decodes with up to `steps` guesses each, as far as tokens and free blocks go."""
+def write_decodes(whole: Any, chosen: Any, steps: Any, limits: Any, load: Any, batch: Any, counts: Any) -> int:
+    """Rows for the decodes with up to `steps[slot]` guesses, as far as tokens and free blocks go; returns the most."""
+    longest = 0
     for slot in chosen:
         past = float(whole[COMPUTED, slot])
-        guesses = max(min(steps, int(whole[LEFT, slot]) - 1, int(limits[MAX_TOKENS] - load[TOKENS])), 0)
+        guesses = max(min(steps[slot], int(whole[LEFT, slot]) - 1, int(limits[MAX_TOKENS] - load[TOKENS])), 0)
         need = blocks_for(past + 1.0 + guesses, limits[BLOCK_TOKENS]) - whole[HELD, slot]
         if need > limits[FREE_BLOCKS] - load[OWED]:
             guesses = 0
@@ -496,7 +492,9 @@ def write_decodes(whole: Any, chosen: Any, steps: int, limits: Any, load: Any, b
         limits[FREE_BLOCKS] -= need
         whole[HELD, slot] += need
         load[TOKENS] += guesses
+        longest = max(longest, guesses)
         write_row(batch, counts, slot, past, 1.0 + guesses, guesses)
+    return longest
 
 
 @compiled
@@ -522,15 +520,22 @@ def compose(
     verdict = np.zeros(num_waiting, np.int64)
     num_accepted = admit(
         real, whole, order, slots_accepted, verdict, perf, now, limits[CAP], load[DECODES], load[CONTEXT],
-        tightest, first_due - now, room, int(limits[BLOCK_TOKENS]),
+        tightest, first_due - now, room, int(limits[BLOCK_TOKENS]), limits[SETTLE] > 0.5,
     )  # fmt: skip
+    if limits[SETTLE] < 0.5:
+        num_accepted = refine(
+            real, whole, order, slots_accepted, num_accepted, verdict, decodes, perf, now, limits[CAP], load[CONTEXT],
+            tightest, first_due - now, room, int(limits[BLOCK_TOKENS]),
+        )  # fmt: skip
     accepted = slots_accepted[:num_accepted]
     admitted = np.zeros(slots, np.bool_)
     admitted[accepted] = True
     for i in range(num_waiting):
         whole[VERDICT, order[i]] = verdict[i]
+        if limits[SETTLE] > 0.5 and verdict[i] != _ADMITTED:
+            whole[KIND, order[i]] = BEST_EFFORT
 
-    period, idle, decodes_wait = period_of(real, whole, accepted, now, first_due, load, perf, limits)
+    period, idle, decodes_wait = period_of(real, whole, accepted, now, first_due, tightest, load, perf, limits)
 
     load[:OWED] = 0.0
     in_batch = np.zeros(slots, np.bool_)
@@ -550,13 +555,15 @@ def compose(
         make_room_for_decodes(whole, decodes, accepted, spare[:num_spare], in_batch, limits, evicted, counts)
         place_promised(whole, decodes, chosen, in_batch, limits, load)
 
-    steps = 0
+    steps = np.zeros(slots, np.int64)
     members = chosen[: int(load[DECODES])]
     if limits[MAX_DRAFT] > 0 and members.size > 0 and counts[ROWS] == 0 and not left_over:
         # Nothing waits for the time that guesses take.
-        steps = draft_steps(real, whole, members, load, perf, int(limits[MAX_DRAFT]), idle)
-    write_decodes(whole, members, steps, limits, load, batch, counts)
-    counts[STEPS] = steps
+        if limits[BY_TIER] > 0.5:
+            tier_steps(real, members, load[CONTEXT], perf, int(limits[MAX_DRAFT]), idle, limits[OWN_DRAFT] > 0.5, steps)
+        else:
+            steps[members] = draft_steps(real, whole, members, load[CONTEXT], perf, int(limits[MAX_DRAFT]), idle)
+    counts[STEPS] = write_decodes(whole, members, steps, limits, load, batch, counts)
     if counts[ROWS] == 0:
         return 0.0
-    return float(batch_seconds(perf, load[TOKENS], load[CONTEXT], load[PREFILL_AREA], float(steps)))
+    return float(batch_seconds(perf, load[TOKENS], load[CONTEXT], load[PREFILL_AREA], float(counts[STEPS])))

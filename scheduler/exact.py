@@ -26,8 +26,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .admission import batch_seconds, pack, tokens_within
 from .jit import compiled
+from .perf import PerfModel, Piece
+from .timemodel import batch_seconds, pack, tokens_within
 
 # Bounds on work. They make a call take about a millisecond for 32 waiting requests and two for 64.
 NARROW: Final = 12  # states kept per class of requests in the first pass, which only has to be good
@@ -183,8 +184,8 @@ class AdmissionProblem:
             _check(bool((getattr(self, name) >= 0).all()), f"{name}: must be >= 0", getattr(self, name))
         _check(bool((self.tiers < len(self.tpots)).all()), f"tiers: must be < {len(self.tpots)}", self.tiers)
         object.__setattr__(self, "paces", np.array(self.tpots, np.float64))
-        lines = [(base, token, step) for token, step, base in self.pieces]
-        object.__setattr__(self, "perf", pack(lines, 0.0, 0.0, 1.0, 0.0, 0.0))
+        pieces = tuple(Piece(base, token, step) for token, step, base in self.pieces)
+        object.__setattr__(self, "perf", pack(PerfModel(pieces), margin=0.0))
         longest, alpha = (self.speculation.max_length, self.speculation.alpha) if self.speculation else (1, 0.0)
         object.__setattr__(self, "gain", np.cumsum([0.0, *(alpha**v for v in range(longest))]))
 

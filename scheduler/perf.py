@@ -1,4 +1,4 @@
-"""How long a batch takes: the iteration-time model, its fit, and its correction while running.
+"""How long a batch takes: the iteration-time model and its fit; `timemodel` corrects it while running.
 
     seconds = max over pieces (base + per_token * tokens + per_step * draft_steps)
               + per_context * (sum of decode contexts) + per_area * (sum of chunk * (past + chunk / 2))
@@ -14,14 +14,13 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-RATIO_BOUNDS: Final = (0.2, 5.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,64 +163,3 @@ def quality(model: PerfModel, shapes: Sequence[BatchShape], seconds: Sequence[fl
     total = float(np.square(observed - observed.mean()).sum())
     r2 = 1.0 - float(np.square(observed - predicted).sum()) / total if total > 0 else math.nan
     return FitQuality(r2, float(np.abs(predicted / observed - 1).mean() * 100), len(shapes))
-
-
-@dataclass(slots=True)
-class Correction:
-    """What running taught about the model: observed = offset + scale * predicted, and how far off.
-
-    Exponentially weighted least squares over about `memory` iterations. An observation far outside what
-    was seen before is pulled in (Huber), so that one page fault or garbage collection does not move the
-    line. `margin` is the relative upper error (about a 95 % quantile) that a promise has to allow for.
-    """
-
-    memory: float = 200.0
-    min_margin: float = 0.02
-    max_margin: float = 0.5
-    scale: float = 1.0
-    offset: float = 0.0
-    margin: float = 0.1
-    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
-    _deviation: float = 0.05
-
-    def observe(self, predicted: float, observed: float) -> None:
-        """Learn from one iteration: the uncorrected prediction and the observed time, in seconds."""
-        if predicted <= 0 or observed <= 0:
-            return
-        expected = self.apply(predicted)
-        error = observed / expected - 1.0
-        limit = 4.0 * max(self._deviation, 0.02)
-        clipped = min(max(error, -limit), limit)
-        keep = 1.0 - 1.0 / self.memory
-        self._deviation = keep * self._deviation + (1 - keep) * abs(clipped)
-        self.margin = min(max(2.0 * 1.25 * self._deviation, self.min_margin), self.max_margin)
-        # Relative weights: a short iteration counts as much as a long one.
-        target, weight = expected * (1.0 + clipped), 1.0 / (predicted * predicted)
-        fresh = (
-            weight,
-            weight * predicted,
-            weight * target,
-            weight * predicted * predicted,
-            weight * predicted * target,
-        )
-        self._sums = [keep * old + new for old, new in zip(self._sums, fresh, strict=True)]
-        self._solve()
-
-    def apply(self, predicted: float) -> float:
-        """Corrected seconds for what the model says."""
-        return max(self.offset + self.scale * predicted, 0.2 * predicted)
-
-    def invert(self, corrected: float) -> float:
-        """What the model said, from what `apply` made of it."""
-        return min((corrected - self.offset) / self.scale, corrected / 0.2)
-
-    def _solve(self) -> None:
-        w, wx, wy, wxx, wxy = self._sums
-        spread = w * wxx - wx * wx
-        if spread > 0.05 * wx * wx:
-            scale = (w * wxy - wx * wy) / spread
-            offset = (wy - scale * wx) / w
-            if RATIO_BOUNDS[0] <= scale <= RATIO_BOUNDS[1] and offset >= -0.5 * scale * wx / w:
-                self.scale, self.offset = scale, offset
-                return
-        self.scale, self.offset = min(max(wxy / wxx, RATIO_BOUNDS[0]), RATIO_BOUNDS[1]), 0.0

@@ -20,13 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import batching, learning, table
-from .admission import REASONS, Verdict, pack
+from . import batching, drafting, learning, lengths, table, timemodel
+from .admission import REASONS, Verdict
 from .core import (
     Advance,
     Advances,
@@ -40,14 +39,9 @@ from .core import (
     Snapshot,
     StepReport,
 )
-from .lengths import ClassMean
-from .perf import Correction, PerfModel
+from .perf import PerfModel
+from .policies import Policy, SloServe, decide, loop_of
 from .table import BEST_EFFORT, PROMISED, PROVISIONAL, Table
-
-Floats: TypeAlias = NDArray[np.float64]
-
-DRAFT_PRIOR = 0.6  # acceptance assumed before any guess was verified
-DRAFT_MEMORY = 200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +53,11 @@ class PlannerConfig:
     times faster than its deadlines need. `overcommit`: predicted KV peaks may sum to this many times the
     memory. `patience` seconds and `share` of a batch bound the starvation of best effort. `idle_cap`:
     longest iteration that best effort may cause beside promised decodes, in decode-only iterations.
-    `margin`: fixed planning margin on predicted times; None learns it from the residuals.
+    `margin`: fixed planning margin on predicted times; None learns it from the residuals. `lengths`: how output
+    lengths are predicted, a name of `lengths.MODES`. `drafts`: the rule for guesses, a name of `drafting.RULES`.
+    `pace`: longest iteration beside promised decodes, in their tightest TPOT (longer ones spend the slack of
+    early tokens). `commit_late` off promises or declines at once and for good; `prefill_only` off never lets
+    decodes wait for an urgent prompt: both are there to measure what the ideas are worth.
     """
 
     cap: float = 0.08
@@ -69,69 +67,72 @@ class PlannerConfig:
     patience: float = 10.0
     share: float = 0.125
     idle_cap: float = 2.0
+    pace: float = 1.0
     margin: float | None = None
+    lengths: str = "class_mean"
+    drafts: str = "cost"
+    commit_late: bool = True
+    prefill_only: bool = True
 
     def __post_init__(self) -> None:
-        bounds = {"cap": (0, 10), "floor": (1, 100), "reserve": (1, 100), "overcommit": (0.1, 10), "share": (0, 1)}
+        bounds = {
+            "cap": (0, 10),
+            "floor": (1, 100),
+            "reserve": (1, 100),
+            "overcommit": (0.1, 10),
+            "share": (0, 1),
+            "pace": (0, 1e9),
+        }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if not low < value <= high and not (name == "floor" and value == 1):
                 raise ValueError(f"planner {name}: must be in ({low}, {high}], got {value!r}")
-
-
-class Compose(Protocol):
-    """A policy's heart: fill `batch` and `evicted` from the columns; see `batching.compose` for each argument."""
-
-    def __call__(
-        self,
-        real: Floats,
-        whole: Ints,
-        active: Ints,
-        now: float,
-        perf: Floats,
-        limits: Floats,
-        batch: Ints,
-        evicted: Ints,
-        counts: Ints,
-    ) -> float: ...
+        if self.drafts not in drafting.RULES:
+            raise ValueError(f"planner drafts: must be one of {', '.join(drafting.RULES)}, got {self.drafts!r}")
+        if self.lengths not in lengths.MODES:
+            raise ValueError(f"planner lengths: must be one of {', '.join(lengths.MODES)}, got {self.lengths!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class _Outstanding:
-    """What was planned and not yet reported: the chunks, their slots, and the model's uncorrected seconds."""
+    """What was planned and not yet reported: the chunks, their slots (-1: cancelled since), the seconds planned."""
 
     chunks: Chunks
     slots: Ints
-    raw: float
+    predicted: float
 
 
 class Scheduler:
-    """The `slos_serve` policy. Raises ValueError for a request that could never run."""
+    """A policy at work, `slos_serve` unless told otherwise. Raises ValueError for a request that could never run.
+
+    The state is arrays that two compiled calls change: `decide` in `plan`, `learn` in `report`. The simulator
+    runs the same two over the same arrays.
+    """
 
     def __init__(
         self,
         capabilities: Capabilities,
         perf: PerfModel,
         config: PlannerConfig | None = None,
-        compose: Compose = batching.compose,
+        policy: Policy | None = None,
     ) -> None:
         self.capabilities = capabilities
-        self._compose = compose
         self.perf = perf
         self.config = config or PlannerConfig()
-        self.correction = Correction()
-        self._table = Table()
-        self._lengths: dict[str, ClassMean] = {}
-        self._acceptance: dict[str, float] = {}
+        self.policy = policy or SloServe()
+        self.table = Table()
+        self.books: Ints = np.zeros(learning.BOOKS, np.int64)
+        self.loop, self.knobs = loop_of(self.policy)
+        self.mode = lengths.MODES.index(self.config.lengths)
+        self.model = timemodel.pack(perf, self.config.margin)
+        self.limits = self._fixed_limits()
+        self.classes: NDArray[np.float64] = np.zeros((0, lengths.COLUMNS))
+        self._class_of: dict[str, int] = {}
         self._outstanding: _Outstanding | None = None
-        self._held = 0
-        self._shared = 0
-        self._totals = {"admitted": 0, "declined": 0, "preempted": 0}
-        self._limits = self._fixed_limits()
-        self._buffers = self._allocate(0)
+        self._allocate(0)
 
     def __repr__(self) -> str:
-        kinds = self._table.whole[table.KIND][self._table.active]
+        kinds = self.table.whole[table.KIND][self.table.active]
         names = ((PROVISIONAL, "provisional"), (PROMISED, "promised"), (BEST_EFFORT, "best effort"))
         counts = ", ".join(f"{int((kinds == kind).sum())} {name}" for kind, name in names)
         return f"Scheduler({counts}, {self.free_blocks}/{self.capabilities.num_blocks} blocks free)"
@@ -139,7 +140,8 @@ class Scheduler:
     @property
     def free_blocks(self) -> int:
         """Blocks no live request holds; exact after a report, never too high before one."""
-        return self.capabilities.num_blocks - self._held + self._shared
+        held, shared = self.books[learning.HELD_BLOCKS], self.books[learning.SHARED_BLOCKS]
+        return int(self.capabilities.num_blocks - held + shared)
 
     def add(self, request: Request, now: float) -> None:
         """Consider a request from now on. Raises ValueError for a duplicate id or a prompt that never fits."""
@@ -147,14 +149,17 @@ class Scheduler:
         most = min(limits.max_context, limits.num_blocks * limits.block_tokens)
         if request.prompt_tokens + 1 > most:
             raise ValueError(f"request {request.id}: prompt of {request.prompt_tokens} tokens, at most {most - 1} fit")
-        slot = self._table.insert(request)
-        real, whole = self._table.real, self._table.whole
+        slot = self.table.insert(request)
+        real, whole = self.table.real, self.table.whole
         first = request.stages[0]
+        number = self._number_of_class(request.slo_class)
         real[table.DUE, slot] = request.arrived_at + first.slo.ttft if first.slo else math.inf
         real[table.TPOT, slot] = first.slo.tpot if first.slo else math.inf
         real[table.WEIGHT, slot] = request.weight
         real[table.SERVED, slot] = now
-        real[table.ACCEPT, slot] = self._acceptance.get(request.slo_class, DRAFT_PRIOR)
+        real[table.ACCEPT, slot] = self.classes[number, lengths.ACCEPTANCE]
+        real[table.ASKED, slot] = math.nan if request.expected_new_tokens is None else request.expected_new_tokens
+        whole[table.CLASS, slot] = number
         whole[table.KNOWN, slot] = request.prompt_tokens
         whole[table.COMPUTED, slot] = request.cached_tokens
         whole[table.HELD, slot] = -(-request.cached_tokens // limits.block_tokens)
@@ -162,60 +167,70 @@ class Scheduler:
         whole[table.LEFT, slot] = request.max_new_tokens
         whole[table.STAGE_LEFT, slot] = first.max_new_tokens
         whole[table.VERDICT, slot] = Verdict.UNDECIDED if first.slo else Verdict.BEST_EFFORT
-        real[table.LENGTH, slot] = request.prompt_tokens + self._expected(request, 0)
-        self._held += int(whole[table.HELD, slot])
+        learning.expect(real, whole, self.classes[number], self.mode, slot)
+        self.books[learning.HELD_BLOCKS] += whole[table.HELD, slot]
 
     def cancel(self, request_id: RequestId) -> bool:
         """Forget a request; its blocks are free at once. False when it is not here."""
-        slot = self._table.slot_of.get(request_id)
+        slot = self.table.slot_of.get(request_id)
         if slot is None:
             return False
-        self._forget(request_id, slot)
+        held = int(self.table.whole[table.HELD, slot])
+        self.books[learning.HELD_BLOCKS] -= held
+        # Until the next report, blocks shared with others may not be free: never count too many.
+        self.books[learning.SHARED_BLOCKS] -= min(int(self.books[learning.SHARED_BLOCKS]), held)
+        if self._outstanding is not None:
+            self._outstanding.slots[self._outstanding.slots == slot] = -1
+        self.table.remove(request_id)
         return True
 
     def plan(self, now: float) -> Plan:
         """What to run now. Raises RuntimeError when the plan before was not reported."""
         if self._outstanding is not None:
             raise RuntimeError(f"plan() before the report of the last plan ({len(self._outstanding.chunks)} chunks)")
-        active = self._table.active
+        active = self.table.active
         if active.size == 0:
             return Plan()
-        batch, evicted, counts = self._buffers_for(active.size)
-        limits, real, whole = self._limits, self._table.real, self._table.whole
-        limits[batching.FREE_BLOCKS] = self.free_blocks
-        limits[batching.SHARED] = self._shared
-        predicted = self._compose(real, whole, active, now, self._packed(), limits, batch, evicted, counts)
-        self._held = int(whole[table.HELD, active].sum())
-        self._shared = int(limits[batching.SHARED])
-        rows, drops = int(counts[batching.ROWS]), int(counts[batching.EVICTED])
+        batch, evicted, counts = self.room_for(active.size)
+        real, whole = self.table.real, self.table.whole
+        predicted = decide(
+            self.loop, self.knobs, real, whole, active, now, self.model, self.limits, self.books, batch, evicted, counts
+        )
+        rows, drops, _, changed = counts.tolist()
         slots = batch[:rows, batching.SLOT].copy()
         chunks = Chunks(self._names(slots), batch[:rows, batching.START :].copy())
-        gone = self._names(evicted[:drops])
-        self._totals["preempted"] += drops
+        gone = self._names(evicted[:drops]) if drops else ()
         if rows or drops:
-            self._outstanding = _Outstanding(chunks, slots, self.correction.invert(predicted))
-        return Plan(chunks, gone, self._decisions(active), predicted)
+            self._outstanding = _Outstanding(chunks, slots, predicted)
+        return Plan(chunks, gone, self._decisions(active) if changed else (), predicted)
 
     def report(self, report: StepReport) -> None:
         """Learn what came of the last plan. Raises RuntimeError when there was none, or counts disagree."""
-        outstanding = self._outstanding
+        outstanding, self._outstanding = self._outstanding, None
         if outstanding is None:
             raise RuntimeError("report() without a plan")
-        self._outstanding = None
-        if len(report.advances):
-            self.correction.observe(outstanding.raw, report.finished_at - report.started_at)
-        self._advance(_columns(report.advances), outstanding, report.finished_at)
-        self._shared = report.shared_blocks
+        advances = _columns(report.advances)
+        slots, drafts = _reported(advances.ids, outstanding)
+        held = self.table
+        ended = learning.learn(
+            held.real, held.whole, held.stage_tokens, held.stage_tpot, self.classes, self.mode, self.model, self.books,
+            slots, drafts, advances.numbers, outstanding.predicted, report.started_at, report.finished_at,
+            self.capabilities.block_tokens, self.done,
+        )  # fmt: skip
+        for slot in self.done[:ended].tolist():
+            held.remove(held.ids[slot])
+        self.books[learning.SHARED_BLOCKS] = report.shared_blocks
         if report.free_blocks is not None and report.free_blocks != self.free_blocks:
             raise RuntimeError(
                 f"KV accounting: the engine has {report.free_blocks} free blocks, the scheduler counts "
-                f"{self.free_blocks} ({self._held} held, {self._shared} shared, {self.capabilities.num_blocks} in all)"
+                f"{self.free_blocks} ({self.books[learning.HELD_BLOCKS]} held, {report.shared_blocks} shared, "
+                f"{self.capabilities.num_blocks} in all)"
             )
 
     def snapshot(self) -> Snapshot:
         """The state in numbers, at any time."""
-        active = self._table.active
-        whole = self._table.whole[:, active]
+        active = self.table.active
+        whole = self.table.whole[:, active]
         left = whole[table.KNOWN] - whole[table.COMPUTED]
         started = whole[table.HELD] > 0
         decoding = (left == 1) & (whole[table.EMITTED] > 0)
@@ -227,25 +242,22 @@ class Scheduler:
             free_blocks=self.free_blocks,
             num_blocks=self.capabilities.num_blocks,
             waiting_tokens=int(left[~decoding].sum()),
-            admitted_total=self._totals["admitted"],
-            declined_total=self._totals["declined"],
-            preempted_total=self._totals["preempted"],
+            admitted_total=int(self.books[learning.ADMITTED_TOTAL]),
+            declined_total=int(self.books[learning.DECLINED_TOTAL]),
+            preempted_total=int(self.books[learning.PREEMPTED_TOTAL]),
         )
 
     def acceptance(self) -> Mapping[str, float]:
         """Share of guesses accepted lately, by class."""
-        return dict(self._acceptance)
+        return {name: float(self.classes[number, lengths.ACCEPTANCE]) for name, number in self._class_of.items()}
 
-    # Planning
+    def room_for(self, size: int) -> tuple[Ints, Ints, Ints]:
+        """Buffers for a step over `size` requests: `batch`, `evicted` and `counts` of `decide`."""
+        if self._batch.shape[0] < size:
+            self._allocate(2 * size)
+        return self._batch, self._evicted, self._counts
 
-    def _packed(self) -> Floats:
-        margin = self.correction.margin if self.config.margin is None else self.config.margin
-        pieces = [(p.base, p.per_token, p.per_step) for p in self.perf.pieces]
-        return pack(
-            pieces, self.perf.per_context, self.perf.per_area, self.correction.scale, self.correction.offset, margin
-        )
-
-    def _fixed_limits(self) -> Floats:
+    def _fixed_limits(self) -> NDArray[np.float64]:
         limits = np.zeros(batching.LIMITS)
         caps, config = self.capabilities, self.config
         limits[batching.NUM_BLOCKS] = caps.num_blocks
@@ -262,119 +274,48 @@ class Scheduler:
         limits[batching.PATIENCE] = config.patience
         limits[batching.SHARE] = config.share
         limits[batching.IDLE_CAP] = config.idle_cap
+        limits[batching.PACE] = config.pace
+        limits[batching.SETTLE] = not config.commit_late
+        limits[batching.PURE] = config.prefill_only
+        limits[batching.OWN_DRAFT] = caps.per_request_draft
+        limits[batching.BY_TIER] = config.drafts == "tiers"
         return limits
 
-    def _allocate(self, size: int) -> tuple[Ints, Ints, Ints]:
-        return np.zeros((size, 4), np.int64), np.zeros(size, np.int64), np.zeros(3, np.int64)
+    def _allocate(self, size: int) -> None:
+        self._batch: Ints = np.zeros((size, 4), np.int64)
+        self._evicted: Ints = np.zeros(size, np.int64)
+        self._counts: Ints = np.zeros(batching.COUNTS, np.int64)
+        self.done: Ints = np.zeros(size, np.int64)
 
-    def _buffers_for(self, size: int) -> tuple[Ints, Ints, Ints]:
-        if self._buffers[0].shape[0] < size:
-            self._buffers = self._allocate(2 * size)
-        return self._buffers
+    def _number_of_class(self, name: str) -> int:
+        number = self._class_of.setdefault(name, len(self._class_of))
+        if number == len(self.classes):
+            self.classes = np.vstack([self.classes, lengths.new_class(learning.DRAFT_PRIOR)])
+        return number
 
     def _names(self, slots: Ints) -> tuple[RequestId, ...]:
-        ids = self._table.ids
+        ids = self.table.ids
         return tuple([ids[slot] for slot in slots.tolist()])
 
     def _decisions(self, active: Ints) -> tuple[Decision, ...]:
-        verdicts, told = self._table.whole[table.VERDICT], self._table.whole[table.TOLD]
+        verdicts, told = self.table.whole[table.VERDICT], self.table.whole[table.TOLD]
         changed = active[verdicts[active] != told[active]]
         told[changed] = verdicts[changed]
-        return tuple(self._decision(slot, Verdict(int(verdicts[slot]))) for slot in changed.tolist())
+        ids = self.table.ids
+        pairs = [(ids[slot], Verdict(int(verdicts[slot]))) for slot in changed.tolist()]
+        return tuple(Decision(name, verdict == Verdict.ADMITTED, REASONS[verdict]) for name, verdict in pairs)
 
-    def _decision(self, slot: int, verdict: Verdict) -> Decision:
-        return Decision(self._table.request(slot).id, verdict == Verdict.ADMITTED, REASONS[verdict])
 
-    # Learning
-
-    def _advance(self, advances: Advances, outstanding: _Outstanding, finished_at: float) -> None:
-        slots = self._reported_slots(advances.ids, outstanding)
-        special = np.zeros(slots.size, np.bool_)
-        if self.capabilities.max_draft:
-            self._learn_acceptance(advances, outstanding)
-        self._held += learning.advance_all(
-            self._table.real,
-            self._table.whole,
-            slots,
-            advances.numbers,
-            finished_at,
-            self.capabilities.block_tokens,
-            special,
-        )
-        for i in np.flatnonzero(special).tolist():
-            self._turn(int(slots[i]), advances[i], finished_at)
-
-    def _reported_slots(self, ids: tuple[RequestId, ...], outstanding: _Outstanding) -> Ints:
-        """The slot of each reported request, -1 where it was cancelled while it ran."""
-        planned = outstanding.chunks.ids
-        if unplanned := set(ids).difference(planned):
-            raise RuntimeError(f"report of requests that were not planned: {sorted(unplanned)}")
-        slot_of = self._table.slot_of
-        return np.array([slot_of.get(name, -1) for name in ids], dtype=np.int64)
-
-    def _turn(self, slot: int, advance: Advance, finished_at: float) -> None:
-        """The rare events of a request's life: first token, next stage, longer than expected, the end."""
-        real, whole = self._table.real, self._table.whole
-        request = self._table.request(slot)
-        emitted = int(whole[table.EMITTED, slot])
-        if advance.new_tokens and emitted == advance.new_tokens:
-            self._first_token(slot, finished_at)
-        for i in range(advance.new_tokens):
-            self._pace(request, slot, advance.stage_ended and i == advance.new_tokens - 1)
-        if whole[table.KNOWN, slot] >= real[table.LENGTH, slot]:
-            real[table.LENGTH, slot] = request.prompt_tokens + self._expected(request, emitted)
-        if advance.done:
-            self._lengths.setdefault(request.slo_class, ClassMean()).observe(emitted)
-            self._forget(request.id, slot)
-
-    def _first_token(self, slot: int, finished_at: float) -> None:
-        real, whole = self._table.real, self._table.whole
-        if whole[table.KIND, slot] != PROVISIONAL:
-            self._totals["declined"] += 1
-            return
-        late = finished_at > real[table.DUE, slot]
-        whole[table.KIND, slot] = BEST_EFFORT if late else PROMISED
-        whole[table.VERDICT, slot] = Verdict.MISSED if late else Verdict.ADMITTED
-        self._totals["declined" if late else "admitted"] += 1
-
-    def _pace(self, request: Request, slot: int, stage_ended: bool) -> None:
-        """One token is out: the next is due one TPOT later, at the pace of the stage it belongs to."""
-        real, whole = self._table.real, self._table.whole
-        whole[table.STAGE_LEFT, slot] -= 1
-        stage = int(whole[table.STAGE, slot])
-        if (stage_ended or whole[table.STAGE_LEFT, slot] <= 0) and stage + 1 < len(request.stages):
-            following = request.stages[stage + 1]
-            whole[table.STAGE, slot] = stage + 1
-            whole[table.STAGE_LEFT, slot] = following.max_new_tokens
-            real[table.TPOT, slot] = following.slo.tpot if following.slo else math.inf
-        real[table.DUE, slot] += real[table.TPOT, slot]
-
-    def _learn_acceptance(self, advances: Advances, outstanding: _Outstanding) -> None:
-        """P(one guess is accepted), from runs that stop at the first refusal: accepted / (accepted + refused)."""
-        drafted = dict(zip(outstanding.chunks.ids, outstanding.chunks.numbers[:, 2].tolist(), strict=True))
-        for name, (_, _, accepted, *_) in zip(advances.ids, advances.numbers.tolist(), strict=True):
-            slot = self._table.slot_of.get(name)
-            if slot is None or not drafted[name]:
-                continue
-            slo_class = self._table.request(slot).slo_class
-            tried = accepted + (1 if accepted < drafted[name] else 0)
-            keep = (1.0 - 1.0 / DRAFT_MEMORY) ** tried
-            old = self._acceptance.get(slo_class, DRAFT_PRIOR)
-            self._acceptance[slo_class] = keep * old + (1.0 - keep) * (accepted / tried)
-            self._table.real[table.ACCEPT, slot] = self._acceptance[slo_class]
-
-    def _expected(self, request: Request, emitted: int) -> float:
-        if request.expected_new_tokens is not None:
-            return max(float(emitted), min(request.expected_new_tokens, float(request.max_new_tokens)))
-        lengths = self._lengths.get(request.slo_class) or ClassMean()
-        return lengths.expect(emitted, request.max_new_tokens)
-
-    def _forget(self, request_id: RequestId, slot: int) -> None:
-        held = int(self._table.whole[table.HELD, slot])
-        self._held -= held
-        # Until the next report, blocks shared with others may not be free: never count too many.
-        self._shared -= min(self._shared, held)
-        self._table.remove(request_id)
+def _reported(ids: tuple[RequestId, ...], outstanding: _Outstanding) -> tuple[Ints, Ints]:
+    """The slot of each reported request (-1: cancelled while it ran) and its planned guesses."""
+    planned, drafts = outstanding.chunks.ids, outstanding.chunks.numbers[:, 2]
+    if ids is planned or ids == planned:
+        return outstanding.slots, drafts
+    index_of = {name: index for index, name in enumerate(planned)}
+    if unplanned := set(ids).difference(index_of):
+        raise RuntimeError(f"report of requests that were not planned: {sorted(unplanned)}")
+    index = np.array([index_of[name] for name in ids], dtype=np.int64)
+    return outstanding.slots[index], drafts[index]
 
 
 def _columns(advances: Sequence[Advance]) -> Advances:

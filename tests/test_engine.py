@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -23,9 +25,9 @@ from transformers import (
 )
 
 from slos_serve.backend.attention import Span
+from slos_serve.backend.generation import Generation, Output, SamplingParams
 from slos_serve.backend.hf_model import LoadedModel, ModelError, PagedModel, load_model
-from slos_serve.backend.sampling import SamplingParams
-from slos_serve.backend.torch_engine import Generation, Output, TorchEngine
+from slos_serve.backend.torch_engine import TorchEngine
 from slos_serve.scheduler.core import Advance, Chunk, Plan
 
 VOCABULARY = 96
@@ -549,3 +551,35 @@ def test_requests_without_a_seed_differ(target: LoadedModel) -> None:
     said = driver.run()
     assert said["a"] != said["b"]
     assert said["c"] == said["d"]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 140), min_size=1, max_size=4),
+    shared=st.integers(0, 60),
+    manner=st.sampled_from(sorted(MANNERS)),
+    drafting=st.sampled_from(["none", "model", "itself", "lookup"]),
+    guesses=st.integers(1, 4),
+    eviction=st.sampled_from([0.0, 0.1]),
+    chance=st.randoms(use_true_random=False),
+)
+def test_nothing_but_the_request_decides_its_tokens(
+    lengths: list[int], shared: int, manner: str, drafting: str, guesses: int, eviction: float, chance: random.Random,
+    target: LoadedModel, draft: LoadedModel,
+) -> None:  # fmt: skip
+    """Any prompts with a common beginning, any chunks and batches, evictions, prefix hits and drafts: the tokens are
+    those of the request served alone (a request that samples has its own random numbers only without guesses)."""
+    drafting = "none" if manner == "sampled" else drafting
+    drafter = {"none": None, "model": draft, "itself": target, "lookup": None}[drafting]
+    ids = prompts(*(length + shared for length in lengths))
+    for prompt in ids[1:]:
+        prompt[:shared] = ids[0][:shared]
+    alone = {}
+    for index, prompt in enumerate(ids):
+        single = Driver(engine(target))
+        single.add(str(index), prompt, MANNERS[manner], limits=(9, 5))
+        alone |= single.run()
+    mix = Driver(engine(target, drafter, max_draft=0 if drafting == "none" else 4), chance)
+    for index, prompt in enumerate(ids):
+        mix.add(str(index), prompt, MANNERS[manner], limits=(9, 5))
+    assert mix.run_at_random(draft=0 if drafting == "none" else guesses, eviction=eviction) == alone

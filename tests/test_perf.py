@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slos_serve.scheduler import BatchShape, Correction, PerfModel, Piece, fit, quality
+from slos_serve.scheduler import BatchShape, PerfModel, Piece, fit, quality, timemodel
 
 ROOFLINE = PerfModel((Piece(0.011, 2e-5, 1e-3), Piece(0.003, 6e-5, 2e-3)), per_context=3e-8, per_area=4e-9)
 
@@ -69,20 +69,20 @@ def test_fit_refuses_too_little() -> None:
 def test_correction_learns_scale_and_offset() -> None:
     """A machine that is 30 % slower plus 2 ms is predicted within 3 % after 400 iterations."""
     rng = np.random.default_rng(3)
-    correction = Correction()
+    learnt = timemodel.pack(PerfModel((Piece(0.0, 1e-5),)))
     for _ in range(400):
         predicted = float(rng.uniform(0.01, 0.08))
-        correction.observe(predicted, 0.002 + 1.3 * predicted)
-    assert correction.apply(0.05) == pytest.approx(0.067, rel=0.03)
+        timemodel.observe(learnt, predicted, 0.002 + 1.3 * predicted)
+    assert timemodel.apply(learnt, 0.05) == pytest.approx(0.067, rel=0.03)
 
 
 def test_correction_shrugs_off_an_outlier() -> None:
     """One iteration that took twenty times as long moves the prediction by less than 5 %."""
-    correction = Correction()
+    learnt = timemodel.pack(PerfModel((Piece(0.0, 1e-5),)))
     for _ in range(300):
-        correction.observe(0.02, 0.02)
-    correction.observe(0.02, 0.4)
-    assert correction.apply(0.02) == pytest.approx(0.02, rel=0.05)
+        timemodel.observe(learnt, 0.02, 0.02)
+    timemodel.observe(learnt, 0.02, 0.4)
+    assert timemodel.apply(learnt, 0.02) == pytest.approx(0.02, rel=0.05)
 
 
 def test_margin_follows_the_noise() -> None:
@@ -90,8 +90,8 @@ def test_margin_follows_the_noise() -> None:
     margins = []
     for noise in (0.01, 0.08):
         rng = np.random.default_rng(1)
-        correction = Correction()
+        learnt = timemodel.pack(PerfModel((Piece(0.0, 1e-5),)))
         for _ in range(1000):
-            correction.observe(0.02, 0.02 * float(np.exp(rng.normal(0, noise))))
-        margins.append(correction.margin)
+            timemodel.observe(learnt, 0.02, 0.02 * float(np.exp(rng.normal(0, noise))))
+        margins.append(float(learnt[timemodel.MARGIN]))
     assert margins[0] < 0.05 < margins[1] < 0.3

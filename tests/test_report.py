@@ -9,9 +9,9 @@ import pytest
 
 from slos_serve.client import Result
 from slos_serve.loadtest.play import Ledger, Outcome, Record
-from slos_serve.loadtest.report import block_attained, judge, mean_attained, report, table
+from slos_serve.loadtest.report import judge, report, table
 from slos_serve.loadtest.workload import Arrival
-from slos_serve.scheduler.attainment import attained
+from slos_serve.scheduler.attainment import attained, block_attained, mean_attained
 from slos_serve.scheduler.core import Slo, Stage
 
 SLO = Slo(ttft=1.0, tpot=0.1)
@@ -121,7 +121,7 @@ def test_a_class_is_summed_up() -> None:
     assert chatbot["outcomes"] == {"done": 2, "refused": 1}
     assert chatbot["ttft"] == {"p50_ms": 1250.0, "p99_ms": pytest.approx(1985), "slo_ms": 1000.0}
     assert chatbot["tpot"][0]["p50_ms"] == pytest.approx(100)
-    assert chatbot["attained"] == pytest.approx(dict.fromkeys(("server", "strict", "block", "mean"), 1 / 3))
+    assert chatbot["attained"] == pytest.approx(dict.fromkeys(("server", "strict", "blocks", "mean"), 1 / 3))
     assert (chatbot["tokens"], chatbot["drafted"], chatbot["accepted"]) == (6, 8, 6)
 
 
@@ -141,7 +141,7 @@ def test_best_effort_has_no_attainment_and_does_not_count_in_the_whole() -> None
 def test_client_and_server_may_disagree() -> None:
     """A token that the server finished in time but that came late is a miss for the client only."""
     slow_network = record(0, times=(11.5, 11.6, 11.7), attained=True)
-    assert judge(slow_network).scores() == {"server": True, "strict": False, "block": False, "mean": False}
+    assert judge(slow_network).scores() == {"server": True, "strict": False, "blocks": False, "mean": False}
 
 
 def test_the_report_is_json_and_tells_the_generators_lag() -> None:

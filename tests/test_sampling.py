@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from slos_serve.backend.generation import SamplingParams
 from slos_serve.backend.sampling import (
     FAILED,
     Row,
-    SamplingParams,
     draw,
     next_tokens,
     penalised,

@@ -130,8 +130,8 @@ def test_each_stage_has_its_own_pace() -> None:
     planned: list[float] = []
 
     def note(plan: Plan, report: StepReport) -> None:
-        if scheduler._table.slot_of:  # not after its last token
-            planned.append(float(scheduler._table.real[table.DUE, scheduler._table.slot_of["a"]]))
+        if len(scheduler.table):  # not after its last token
+            planned.append(float(scheduler.table.real[table.DUE, scheduler.table.slot_of["a"]]))
 
     simulate([Request("a", 0.0, 10, stages)], {"a": 10}, scheduler, SimulatedEngine(CAPS, PERF), on_step=note)
     assert planned == pytest.approx(dues[1:])
@@ -288,3 +288,44 @@ def test_equal_calls_give_equal_plans() -> None:
         reports.append([r for _, r in seen])  # type: ignore[misc]
     assert plans[0] == plans[1]
     assert reports[0] == reports[1]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(list(POLICIES)), st.booleans(), st.integers(0, 3))
+def test_the_compiled_simulation_equals_the_calls(seed: int, policy: str, sessions: bool, draft: int) -> None:
+    """Watched call by call or run in one compiled loop, a simulation gives the same times to the last bit."""
+    rng = np.random.default_rng(seed)
+    caps = Capabilities(int(rng.integers(80, 400)), 16, 512, 16, 1200, max_draft=draft)
+    requests = [
+        Request(
+            f"r{i}",
+            float(at),
+            int(rng.integers(1, 700)),
+            (Stage(int(rng.integers(1, 60)), Slo(0.5, 0.06)), Stage(40, Slo(0.5, 0.1)))[: int(rng.integers(1, 3))],
+            slo_class="ab"[i % 2],
+        )
+        for i, at in enumerate(np.cumsum(rng.exponential(0.05, 60)))
+    ]
+    outputs = {r.id: int(rng.integers(1, r.max_new_tokens + 1)) for r in requests}
+
+    def again(name: str, now: float) -> tuple[Request, int] | None:
+        if not sessions or "+" in name:
+            return None
+        return request(f"{name}+", at=now + 0.3, prompt=200, new=10), 10
+
+    def play(on_step: object) -> list[tuple[list[float], int]]:
+        planner = POLICIES[policy](caps, PERF)
+        engine = SimulatedEngine(caps, PERF, np.random.default_rng(seed), 0.05)
+        outcomes = simulate(
+            requests,
+            outputs,
+            planner,
+            engine,
+            acceptance=0.7,
+            follow_up=again,
+            on_step=on_step,  # type: ignore[arg-type]
+        )
+        assert planner.snapshot().free_blocks == caps.num_blocks
+        return [(outcome.token_times, outcome.preemptions) for outcome in outcomes.values()]
+
+    assert play(None) == play(lambda plan, report: None)

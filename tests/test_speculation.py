@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from slos_serve.backend.sampling import FAILED, Row, SamplingParams, draw, probabilities, uniform
+from slos_serve.backend.generation import SamplingParams
+from slos_serve.backend.sampling import FAILED, Row, draw, probabilities, uniform
 from slos_serve.backend.sequence import Sequence
 from slos_serve.backend.speculation import NO_GUESS, Ask, Guess, NgramDrafter, verify
 

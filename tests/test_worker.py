@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from callers import PATIENCE, Caller
 
 from slos_serve.backend.config import DEFAULT_CLASSES
+from slos_serve.backend.generation import Generation, Output
 from slos_serve.backend.herald import Herald, Meter
 from slos_serve.backend.metrics import Metrics, Numbers
 from slos_serve.backend.refusal import Refusal
@@ -19,7 +20,6 @@ from slos_serve.backend.responder import Reply, Responder
 from slos_serve.backend.roster import Roster
 from slos_serve.backend.sessions import Sessions
 from slos_serve.backend.tokenizer import Tokenizer
-from slos_serve.backend.torch_engine import Generation, Output
 from slos_serve.backend.translate import Limits, Submission, Translator
 from slos_serve.backend.worker import Worker
 from slos_serve.client import wire
@@ -30,7 +30,6 @@ CONTEXT = 256
 END = 0
 THINK_END = 77
 PERF = PerfModel((Piece(0.0005, 0.00001),))
-PATIENCE = 30.0
 
 
 class CountingEngine:
@@ -77,56 +76,6 @@ class CountingEngine:
         if reason:
             self.release(request_id)
         return Advance(request_id, computed, 1, 0, count == generation.stage_limits[0], reason is not None)
-
-
-class Caller:
-    """One caller's end: collects responses, may hang up, and refuses to be touched after the last one."""
-
-    def __init__(self) -> None:
-        self.responses: list[dict[str, Any]] = []
-        self.refusal: Refusal | None = None
-        self.has_hung_up = False
-        self.breaks = False
-        self.ended = threading.Event()
-
-    @property
-    def is_closed(self) -> bool:
-        return self.ended.is_set()
-
-    def send(self, tensors: Mapping[str, wire.Array], *, final: bool) -> None:
-        assert not self.is_closed
-        if self.breaks:
-            raise MemoryError("no shared memory left")
-        self.responses.append({name: array.tolist() for name, array in tensors.items()})
-        if final:
-            self.ended.set()
-
-    def fail(self, refusal: Refusal) -> None:
-        assert not self.is_closed
-        self.refusal = refusal
-        self.ended.set()
-
-    def is_cancelled(self) -> bool:
-        assert not self.is_closed
-        return self.has_hung_up
-
-    def wait(self) -> Caller:
-        assert self.ended.wait(PATIENCE), "no answer"
-        return self
-
-    @property
-    def text(self) -> str:
-        return b"".join(response["text_output"][0] for response in self.responses).decode()
-
-    @property
-    def receipt(self) -> dict[str, Any]:
-        receipt: dict[str, Any] = json.loads(self.responses[-1]["receipt"][0])
-        return receipt
-
-    @property
-    def finish_reason(self) -> str:
-        reason: bytes = self.responses[-1]["finish_reason"][0]
-        return reason.decode()
 
 
 class Bench:

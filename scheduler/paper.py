@@ -1,0 +1,164 @@
+"""SLOs-Serve as published (arXiv 2504.08784, algorithms 1 and 2), the policy we set out from.
+
+    admission   once, at arrival: dynamic programming over new requests by prefill deadline; a state is the
+                accepted count of each TPOT tier, the memory used and the prefill tokens left over; running
+                requests are forced; who is declined runs best effort for good
+    batch       as long as the tightest resident TPOT allows; decode tokens when their interval has begun;
+                prefill by deadline; best effort from what is left
+    drafts      one length per tier: for every tier as the bottleneck and every length, the others take the
+                shortest that keeps up; the choice with the most prefill tokens per second wins
+
+What the published code is known to get wrong is done right: the best state is kept, expected tokens are not
+rounded down, more left-over budget dominates less, equal requests do not multiply states, the time model
+has its context term, and memory is charged by the predicted length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from .admission import Verdict
+from .batching import (
+    BLOCK_TOKENS,
+    CONTEXT,
+    DECODES,
+    LOADS,
+    MAX_DRAFT,
+    MEMBERS,
+    OWED,
+    OWN_DRAFT,
+    PREFILL_AREA,
+    ROWS,
+    STEPS,
+    TOKENS,
+    classify,
+    make_room_for_decodes,
+    place_line,
+    place_promised,
+    serving_order,
+    write_decodes,
+)
+from .drafting import TIERS, tier_drafts, tier_of, tiers_of
+from .jit import compiled
+from .selection import FREE, choose
+from .table import ACCEPT, BEST_EFFORT, DUE, KIND, TPOT, VERDICT
+from .timemodel import MARGIN, batch_seconds
+
+_UNDECIDED: Final = int(Verdict.UNDECIDED)
+_ADMITTED: Final = int(Verdict.ADMITTED)
+_CAPACITY: Final = int(Verdict.CAPACITY)
+
+STATES: Final = 256  # of the dynamic program: few requests are new in one step
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """`cap`: longest iteration in seconds."""
+
+    cap: float = 0.1
+
+
+@compiled
+def first_of(free: Any, most: int) -> int:
+    """How many of the first requests hold at most `most` free ones."""
+    seen = 0
+    for i in range(free.size):
+        seen += free[i]
+        if seen > most:
+            return i
+    return int(free.size)
+
+
+@compiled
+def published(
+    real: Any, whole: Any, active: Any, now: float, perf: Any, limits: Any, batch: Any, evicted: Any, counts: Any,
+    cap: float,
+) -> float:  # fmt: skip
+    """One step of the published planner; the arguments are those of `batching.compose`."""
+    counts[:] = 0
+    n, slots = active.size, whole.shape[1]
+    load = np.zeros(LOADS)
+    promised, waiting = np.empty(n, np.int64), np.empty(n, np.int64)
+    num_promised, num_waiting, _, first_due, room = classify(
+        real, whole, active, now, perf, limits, promised, waiting, load
+    )
+    decodes = promised[:num_promised]
+    order = waiting[:num_waiting][np.argsort(real[DUE][waiting[:num_waiting]], kind="mergesort")]
+    accept = 0.0
+    for slot in active:
+        accept += min(real[ACCEPT, slot], 0.999) / n
+    tpots = np.full(TIERS, np.inf)
+    num_tiers = max(tiers_of(real, np.concatenate((decodes, order)), tpots), 1)
+
+    free = whole[VERDICT][order] == _UNDECIDED
+    fresh = free.sum()
+    if fresh > FREE:  # the rest waits for the next step
+        order, free = order[: first_of(free, FREE)], free[: first_of(free, FREE)]
+    if fresh > 0:
+        taken = np.zeros(order.size, np.bool_)
+        choose(
+            real, whole, order, free, decodes, now, perf, limits[BLOCK_TOKENS], int(limits[MAX_DRAFT]), load[CONTEXT],
+            accept, room, cap, STATES, taken,
+        )  # fmt: skip
+        for i in range(order.size):
+            whole[VERDICT, order[i]] = _ADMITTED if taken[i] else _CAPACITY
+            if not taken[i]:
+                whole[KIND, order[i]] = BEST_EFFORT
+    accepted = np.empty(num_waiting, np.int64)
+    num_accepted = 0
+    for slot in order:
+        if whole[VERDICT, slot] == _ADMITTED:
+            accepted[num_accepted] = slot
+            num_accepted += 1
+    accepted = accepted[:num_accepted]
+    admitted = np.zeros(slots, np.bool_)
+    admitted[accepted] = True
+
+    numbers = np.zeros(num_tiers, np.int64)
+    for slot in decodes:
+        numbers[tier_of(tpots, num_tiers, real[TPOT, slot])] += 1
+    drafts = np.zeros(num_tiers, np.int64)
+    period = cap
+    if num_promised > 0:
+        period, _ = tier_drafts(perf, tpots, numbers, accept, load[CONTEXT], int(limits[MAX_DRAFT]), cap, drafts)
+        period = max(min(period, first_due - now), batch_seconds(perf, load[DECODES], load[CONTEXT], 0.0, 0.0))
+    # A token whose interval has not begun waits, unless the next iteration would be too late for it.
+    begun = np.empty(num_promised, np.int64)
+    num_begun = 0
+    for slot in decodes:
+        if real[DUE, slot] - real[TPOT, slot] <= now or real[DUE, slot] < now + 2.0 * period:
+            begun[num_begun] = slot
+            num_begun += 1
+    if num_begun == 0 and num_accepted == 0:
+        begun, num_begun = decodes, num_promised
+
+    load[:OWED] = 0.0
+    in_batch = np.zeros(slots, np.bool_)
+    chosen = np.empty(n, np.int64)
+    line, spare = np.empty(n + 1, np.int64), np.empty(n, np.int64)
+    size, num_spare, starving = serving_order(real, whole, active, now, accepted, admitted, limits, line, spare)
+    make_room_for_decodes(whole, begun[:num_begun], accepted, spare[:num_spare], in_batch, limits, evicted, counts)
+    place_promised(whole, begun[:num_begun], chosen, in_batch, limits, load)
+    guesses = np.zeros(slots, np.int64)
+    total, each_its_own = 0.0, limits[OWN_DRAFT] > 0.5
+    for slot in chosen[: int(load[DECODES])]:
+        guesses[slot] = drafts[tier_of(tpots, num_tiers, real[TPOT, slot])] if each_its_own else drafts.min()
+        total += guesses[slot]
+    seconds = period / (1.0 + perf[MARGIN])
+    load[TOKENS] += total  # the guesses' share of the batch is spoken for
+    place_line(
+        whole, line[:size], accepted, spare[:num_spare], admitted, starving, seconds, seconds, chosen, in_batch,
+        perf, limits, load, batch, evicted, counts,
+    )  # fmt: skip
+    load[TOKENS] -= total
+    if load[MEMBERS] == 0:
+        make_room_for_decodes(whole, decodes, accepted, spare[:num_spare], in_batch, limits, evicted, counts)
+        place_promised(whole, decodes, chosen, in_batch, limits, load)
+    longest = write_decodes(whole, chosen[: int(load[DECODES])], guesses, limits, load, batch, counts)
+    counts[STEPS] = longest
+    if counts[ROWS] == 0:
+        return 0.0
+    return float(batch_seconds(perf, load[TOKENS], load[CONTEXT], load[PREFILL_AREA], float(longest)))

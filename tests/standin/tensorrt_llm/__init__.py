@@ -1,0 +1,16 @@
+"""Stands in for the package: the names that ours imports, from the stand-in. `STANDIN_GPU` pretends an A100."""
+
+import os
+
+from trtllm_llm import LLM, RELEASE, SamplingParams
+
+__all__ = ["LLM", "SamplingParams"]
+__version__ = f"{RELEASE.name}.0+standin"
+
+if os.environ.get("STANDIN_GPU"):
+    import torch
+
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.get_device_capability = lambda *_: (8, 0)
+    torch.cuda.get_device_name = lambda *_: "NVIDIA A100-SXM4-80GB (pretended)"

@@ -1,0 +1,3 @@
+from trtllm_standin import LlmRequest, LlmRequestState
+
+__all__ = ["LlmRequest", "LlmRequestState"]

@@ -1,0 +1,3 @@
+from trtllm_standin import Executor as PyExecutor
+
+__all__ = ["PyExecutor"]

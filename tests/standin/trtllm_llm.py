@@ -1,0 +1,194 @@
+"""The LLM API over the stand-in executor: a thread that turns its loop, and results as asyncio iterators.
+
+Mirrors tensorrt_llm/llmapi/llm.py and executor/result.py as far as a front needs them, and their settings classes
+as far as they are given. `STANDIN_RELEASE` chooses the release, `STANDIN_PACE` the seconds of an iteration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import itertools
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from trtllm_standin import RELEASES, Drafter, Executor
+
+RELEASE = {release.name: release for release in RELEASES}[os.environ.get("STANDIN_RELEASE", "1.2")]
+
+
+class Settings:
+    """A configuration object that takes the keys it knows, like upstream's strict models."""
+
+    known: tuple[str, ...] = ()
+
+    def __init__(self, **values: Any) -> None:
+        unknown = set(values) - set(self.known)
+        if unknown:
+            raise ValueError(f"{type(self).__name__}: unexpected {sorted(unknown)}")
+        for name in self.known:
+            setattr(self, name, values.get(name))
+
+
+class KvCacheConfig(Settings):
+    known = ("free_gpu_memory_fraction", "enable_block_reuse", "tokens_per_block", "use_kv_cache_manager_v2")
+    model_fields = dict.fromkeys(known if RELEASE.retires else known[:3])
+
+
+class CapacitySchedulerPolicy(enum.Enum):
+    GUARANTEED_NO_EVICT = "GUARANTEED_NO_EVICT"
+    MAX_UTILIZATION = "MAX_UTILIZATION"
+
+
+class SchedulerConfig(Settings):
+    known = ("capacity_scheduler_policy", "context_chunking_policy", "dynamic_batch_config")
+
+
+class NGramDecodingConfig(Settings):
+    known = ("max_draft_len", "draft_len_schedule", "max_matching_ngram_size")
+    model_fields = dict.fromkeys(known)
+
+
+class DraftTargetDecodingConfig(Settings):
+    known = ("max_draft_len", "draft_len_schedule", "speculative_model")
+    model_fields = dict.fromkeys(known)
+
+
+class SamplingParams(Settings):
+    known = (
+        "max_tokens", "end_id", "pad_id", "ignore_eos", "min_tokens", "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "detokenize", "stop_token_ids", "temperature", "top_p", "top_k", "min_p", "seed",
+    )  # fmt: skip
+
+
+class Completion:
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+
+
+class RequestOutput:
+    """One generation; an asynchronous iterator over itself, one turn per response."""
+
+    def __init__(self, llm: LLM, request_id: int) -> None:
+        self.request_id = request_id
+        self.outputs = [Completion()]
+        self.finished = False
+        self._llm = llm
+        self._loop = asyncio.get_running_loop()
+        self._news: asyncio.Queue[tuple[list[int], str | None]] = asyncio.Queue()
+
+    def abort(self) -> None:
+        self._llm.calls.put(("cancel", self.request_id))
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self.finished:
+            raise StopAsyncIteration
+        tokens, reason = await self._news.get()
+        if reason == "error":
+            raise RuntimeError("the event loop has ended")
+        self.outputs[0].token_ids += tokens
+        self.outputs[0].finish_reason = reason
+        self.finished = reason is not None
+        return self
+
+    def push(self, tokens: list[int], reason: str | None) -> None:
+        self._loop.call_soon_threadsafe(self._news.put_nowait, (tokens, reason))
+
+
+class Worker:
+    """GenerationExecutorWorker, in the same process: its engine is an attribute."""
+
+    def __init__(self, engine: Executor) -> None:
+        self.engine = engine
+
+
+class LLM:
+    """Takes the arguments that the real one takes, and refuses others."""
+
+    known = (
+        "model", "tensor_parallel_size", "skip_tokenizer_init", "kv_cache_config", "enable_chunked_prefill", "dtype",
+        "max_batch_size", "max_num_tokens", "max_seq_len", "disable_overlap_scheduler", "scheduler_config",
+        "enable_iter_perf_stats", "cuda_graph_config", "speculative_config",
+    )  # fmt: skip
+
+    def __init__(self, **arguments: Any) -> None:
+        unknown = set(arguments) - set(self.known)
+        if unknown:
+            raise ValueError(f"LLM: unexpected {sorted(unknown)}")
+        self.args = arguments
+        self.calls: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._ids = itertools.count(1)
+        self._outputs: dict[int, RequestOutput] = {}
+        self._stop = False
+        self.fails_at = int(os.environ.get("STANDIN_FAILS_AT", "-1"))
+        pace = float(os.environ.get("STANDIN_PACE", "0.002"))
+        size = int(arguments["kv_cache_config"].tokens_per_block)
+        blocks = 2 + 6 * -(-arguments["max_seq_len"] // size)
+        drafting = arguments.get("speculative_config")
+        config = json.loads((Path(arguments["model"]) / "config.json").read_text())
+        engine = Executor(
+            RELEASE, overlap=not arguments["disable_overlap_scheduler"], num_blocks=blocks, tokens_per_block=size,
+            max_batch_size=arguments["max_batch_size"], max_num_tokens=arguments["max_num_tokens"],
+            reuse=bool(arguments["kv_cache_config"].enable_block_reuse),
+            drafter=Drafter(drafting.max_draft_len) if drafting is not None else None,
+            seconds=lambda tokens, context: pace * (1 + tokens / 200), vocabulary=int(config["vocab_size"]),
+        )  # fmt: skip
+        engine.on_tokens = self._on_tokens
+        engine.worker_thread = threading.Thread(target=self._run, daemon=True)  # type: ignore[attr-defined]
+        self._executor = Worker(engine) if arguments["tensor_parallel_size"] == 1 else None
+        self._engine = engine
+        self._thread: threading.Thread = engine.worker_thread  # type: ignore[attr-defined]
+        self._thread.start()
+
+    def generate_async(self, inputs: Sequence[int], params: SamplingParams, streaming: bool) -> RequestOutput:
+        longest = self.args["max_seq_len"]
+        if len(inputs) + params.max_tokens > longest:  # type: ignore[attr-defined]
+            raise ValueError(f"prompt length and max_tokens exceed max_seq_len {longest}")
+        output = RequestOutput(self, next(self._ids))
+        self._outputs[output.request_id] = output
+        end_id = -1 if params.ignore_eos else params.end_id  # type: ignore[attr-defined]
+        self.calls.put(("add", output.request_id, list(inputs), params.max_tokens, end_id))  # type: ignore[attr-defined]
+        return output
+
+    def shutdown(self) -> None:
+        self._stop = True
+        self.calls.put(("wake",))
+        self._thread.join()
+
+    def _on_tokens(self, client_id: int, tokens: list[int], reason: str | None) -> None:
+        output = self._outputs[client_id]
+        output.push(tokens, reason)
+        if reason is not None:
+            del self._outputs[client_id]
+
+    def _run(self) -> None:
+        engine = self._engine
+        while not self._stop:
+            self._take(wait=engine.is_idle)
+            if engine.iterations == self.fails_at:
+                break  # as after an exception in the loop: nobody answers any more
+            before = engine.clock
+            engine.step()
+            time.sleep(max(engine.clock - before, 0.0))
+
+    def _take(self, wait: bool) -> None:
+        try:
+            call = self.calls.get(timeout=0.2 if wait else 0) if wait else self.calls.get_nowait()
+            while True:
+                if call[0] == "add":
+                    self._engine.enqueue(*call[1:])
+                elif call[0] == "cancel" and call[1] in self._outputs:
+                    self._engine.cancel(call[1])
+                call = self.calls.get_nowait()
+        except queue.Empty:
+            return

@@ -1,0 +1,221 @@
+"""What can be known of the containers without a container engine: form, cross references, and what they promise."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from slos_serve.backend.config import parse_config, read_config
+from slos_serve.backend.metrics import FAMILIES
+from slos_serve.backend.trtllm_engine import check_settings
+
+ROOT = Path(__file__).parents[1]
+DOCKER = ROOT / "docker"
+FILES = ("Dockerfile", "Dockerfile.cpu")
+# Of the Dockerfile reference; anything else is a slip of the pen.
+KEYWORDS = {"ARG", "FROM", "COPY", "SHELL", "RUN", "ENV", "USER", "EXPOSE", "ENTRYPOINT"}
+
+
+def instructions(name: str) -> list[tuple[str, str]]:
+    """Keyword and argument of each instruction; continued lines are joined, comments are left out."""
+    text = "\n".join(line for line in (DOCKER / name).read_text().splitlines() if not line.lstrip().startswith("#"))
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    return [(line.partition(" ")[0], line.partition(" ")[2].strip()) for line in lines]
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DOCKER / name).read_text()))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_dockerfile_is_pinned_and_runs_without_root(name: str) -> None:
+    """A fixed base, sources that exist, no root, no shell between the signal and the server."""
+    steps = instructions(name)
+    assert {keyword for keyword, _ in steps} <= KEYWORDS
+    base = next(value for keyword, value in steps if keyword == "FROM")
+    if base == "${TRITON}":
+        base = next(value for keyword, value in steps if keyword == "ARG").partition("=")[2]
+    assert re.fullmatch(r"[\w./-]+:[\w.-]*\d[\w.-]*", base), base
+    for keyword, value in steps:
+        if keyword == "COPY":
+            *sources, _ = value.split()
+            assert all((ROOT / source).exists() for source in sources)
+        if keyword == "RUN":
+            assert value.count("pip install") == value.count("--no-cache-dir")
+    assert [value for keyword, value in steps if keyword == "USER"] == ["1000:1000"]
+    entry = json.loads(next(value for keyword, value in steps if keyword == "ENTRYPOINT"))
+    assert entry[:2] == ["slos-serve", "serve"]
+
+
+def test_the_images_hold_every_package() -> None:
+    """A package that is not copied would be missing from the installation without a word."""
+    for name in FILES:
+        copied = " ".join(value for keyword, value in instructions(name) if keyword == "COPY")
+        assert all(f"{package} " in copied for package in ("scheduler", "backend", "client", "loadtest"))
+
+
+def test_compose_names_what_is_there() -> None:
+    """Mounted files exist, images are pinned, two instances have two GPUs, ports are open on this machine only."""
+    compose = documents("compose.yaml")[0]
+    services = compose["services"]
+    assert set(services) == {"instance-0", "instance-1", "router", "prometheus", "grafana"}
+    for service in services.values():
+        assert re.search(r":[\w.]+$", service["image"])
+        assert service["restart"] == "unless-stopped"
+        for volume in service.get("volumes", ()):
+            source = volume.partition(":")[0]
+            assert not source.startswith(".") or (DOCKER / source).exists(), volume
+            assert source.startswith((".", "$")) or source in compose["volumes"]
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    devices = [
+        services[name]["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
+        for name in ("instance-0", "instance-1")
+    ]
+    assert devices == [["0"], ["1"]]
+    for name in ("instance-0", "instance-1", "router"):
+        assert services[name]["read_only"]
+        assert services[name]["cap_drop"] == ["ALL"]
+        assert "healthcheck" in services[name]
+
+
+def engine_settings() -> Iterator[str]:
+    yield (DOCKER / "instance/slos_llm/1/engine.json").read_text()
+    yield next(
+        item["data"]["engine.json"] for item in documents("kubernetes/instances.yaml") if item["kind"] == "ConfigMap"
+    )
+
+
+def test_the_shipped_engine_settings_are_served() -> None:
+    """They are read, contradict nothing, and ask for the engine that the image has."""
+    for text in engine_settings():
+        config = parse_config(text)
+        assert config.engine == "tensorrt_llm"
+        check_settings(config, Path("/models/slos_llm/1"))
+    read_config(DOCKER / "instance/slos_llm/1")
+
+
+def test_the_router_finds_the_instances_by_their_service() -> None:
+    """Its settings name the headless service, in compose and in the cluster."""
+    compose = json.loads((DOCKER / "router/slos_router/1/router.json").read_text())
+    config = next(item for item in documents("kubernetes/router.yaml") if item["kind"] == "ConfigMap")
+    cluster = json.loads(config["data"]["router.json"])
+    service = next(item for item in documents("kubernetes/instances.yaml") if item["kind"] == "Service")
+    assert service["spec"]["clusterIP"] == "None"
+    assert compose["dns"] == cluster["dns"] == f"{service['metadata']['name']}:8001"
+
+
+WORKLOADS = [
+    item
+    for name in ("kubernetes/instances.yaml", "kubernetes/router.yaml")
+    for item in documents(name)
+    if item["kind"] in ("StatefulSet", "Deployment")
+]
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda item: str(item["metadata"]["name"]))
+def test_a_pod_is_restricted_and_probed(workload: dict[str, Any]) -> None:
+    """The restricted pod security standard, limits, three probes, and mounts of volumes that exist."""
+    template = workload["spec"]["template"]
+    pod = template["spec"]
+    assert workload["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    for container in pod["containers"]:
+        security = container["securityContext"]
+        assert security["readOnlyRootFilesystem"] is True
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert set(container["resources"]["limits"]) >= {"cpu", "memory"}
+        ports = {port["name"] for port in container["ports"]}
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            assert container[probe]["httpGet"]["port"] in ports
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == set(volumes)
+        writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert writable == {"/tmp", "/dev/shm"}
+        assert container["image"].startswith("IMAGE_")
+
+
+def test_the_cluster_s_parts_point_at_each_other() -> None:
+    """Services, budgets, policies and the scaler select what exists; every file is in the kustomization."""
+    names = documents("kubernetes/kustomization.yaml")[0]["resources"]
+    items = [item for name in names for item in documents(f"kubernetes/{name}")]
+    assert {path.name for path in (DOCKER / "kubernetes").glob("*.yaml")} == {*names, "kustomization.yaml"}
+    labels = [item["spec"]["template"]["metadata"]["labels"] for item in items if "template" in item.get("spec", {})]
+    for item in items:
+        assert {"apiVersion", "kind", "metadata"} <= set(item)
+        selector = item.get("spec", {}).get("selector") or item.get("spec", {}).get("podSelector") or {}
+        wanted = selector.get("matchLabels", selector)
+        assert not wanted or any(wanted.items() <= each.items() for each in labels), item["metadata"]["name"]
+    scaler = next(item for item in items if item["kind"] == "HorizontalPodAutoscaler")
+    target = scaler["spec"]["scaleTargetRef"]
+    assert any(i["kind"] == target["kind"] and i["metadata"]["name"] == target["name"] for i in items)
+    claims = {item["kind"] for item in items}
+    assert {"StatefulSet", "Deployment", "PodDisruptionBudget", "NetworkPolicy", "HorizontalPodAutoscaler"} <= claims
+    images = {image["name"] for image in documents("kubernetes/kustomization.yaml")[0]["images"]}
+    assert images == {"IMAGE_TRTLLM", "IMAGE_ROUTER"}
+
+
+def exported() -> set[str]:
+    """Names as they appear on the metrics page."""
+    names: set[str] = set()
+    for family in FAMILIES:
+        names.add(family.name)
+        if family.kind == "histogram":
+            names |= {f"{family.name}_{suffix}" for suffix in ("bucket", "sum", "count")}
+    return names
+
+
+def queries() -> Iterator[tuple[str, str]]:
+    dashboard = json.loads((DOCKER / "grafana/dashboard.json").read_text())
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            yield panel["title"], target["expr"]
+    for group in documents("prometheus/alerts.yml")[0]["groups"]:
+        for rule in group["rules"]:
+            yield rule.get("alert") or rule["record"], rule["expr"]
+    for item in documents("kubernetes/autoscaling.yaml"):
+        if item["kind"] == "ConfigMap":
+            for rule in yaml.safe_load(item["data"]["config.yaml"])["rules"]:
+                yield "adapter", rule["seriesQuery"]
+
+
+@pytest.mark.parametrize(("where", "expression"), list(queries()))
+def test_a_query_asks_for_metrics_that_are_exported(where: str, expression: str) -> None:
+    """A dashboard of an unknown name stays empty, and an alert on one never fires."""
+    asked = set(re.findall(r"\bslos_serve_\w+", expression))
+    assert asked or "slos_serve:" in expression
+    assert asked <= exported(), where
+
+
+def test_the_dashboard_shows_what_it_should() -> None:
+    """Attainment and admission per class, queue, KV, predicted against observed time, drafts, and the mode."""
+    asked = " ".join(expression for _, expression in queries())
+    for name in (
+        "slos_serve_slo_total", "slos_serve_waiting_tokens", "slos_serve_kv_blocks", "slos_serve_accepted_tokens_total",
+        "slos_serve_iteration_predicted_seconds_total", "slos_serve_iteration_seconds_total", "slos_serve_trtllm_mode",
+    ):  # fmt: skip
+        assert name in asked
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed: apt-get install prometheus")
+@pytest.mark.parametrize(
+    "command",
+    [["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"], ["check", "config", "prometheus.yml"]],
+    ids=" ".join,
+)
+def test_promtool_accepts_rules_and_their_unit_tests(command: list[str]) -> None:
+    """Prometheus's own tool reads the configuration and plays the alerts' tests."""
+    folder = DOCKER / "prometheus"
+    done = subprocess.run(["promtool", *command], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
