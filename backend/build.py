@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from slos_serve.scheduler import POLICIES, Advance, BatchShape, PerfModel, Request, Scheduler, Slo, Stage, StepReport
+from slos_serve.scheduler import (
+    POLICIES,
+    Advance,
+    BatchShape,
+    PerfModel,
+    Request,
+    Scheduler,
+    Slo,
+    Stage,
+    StepReport,
+    timemodel,
+)
 from slos_serve.scheduler.engine import Planner
 from slos_serve.scheduler.recording import Header, Recorder
 
@@ -33,9 +44,9 @@ log = logging.getLogger(__name__)
 class AnyWorker(Protocol):
     """What takes the requests of one replica, whoever owns the engine's loop."""
 
+    def start(self) -> None: ...
     @property
     def tickets(self) -> Tickets: ...
-    def start(self) -> None: ...
     def submit(self, reply: Reply) -> None: ...
     def cancel(self, reply: Reply) -> None: ...
     def cancel_id(self, request_id: str) -> None: ...
@@ -58,6 +69,7 @@ class Replica(Protocol):
     @property
     def think_end_id(self) -> int | None: ...
     def prefill_seconds(self, tokens: int) -> float: ...
+    def meter(self) -> Meter: ...
     def worker(
         self,
         voice: Voice,
@@ -65,7 +77,8 @@ class Replica(Protocol):
         roster: Roster,
         sessions: Sessions,
         failed: Callable[[BaseException], None],
-    ) -> tuple[AnyWorker, Meter]: ...
+        meter: Meter,
+    ) -> AnyWorker: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +92,7 @@ class Built:
     perf: PerfModel
     fingerprint: str = ""  # equal for instances whose answers go on where another's ended
     think_end_id: int | None = None
+    seconds: Callable[[BatchShape], float] | None = None  # of a batch, as learned so far
 
     @property
     def max_context(self) -> int:
@@ -86,10 +100,9 @@ class Built:
         limits = self.engine.capabilities
         return min(limits.max_context, limits.num_blocks * limits.block_tokens)
 
-    def batch_seconds(self, shape: BatchShape) -> float:
-        """The time of a batch, as corrected by what was measured while serving."""
-        raw = self.perf.seconds(shape)
-        return self.scheduler.batch_seconds(shape) if isinstance(self.scheduler, Scheduler) else raw
+    def meter(self) -> Meter:
+        """The load of this replica, by the time model as it was corrected while serving."""
+        return Meter(self.engine.capabilities, self.seconds or self.perf.seconds)
 
     def prefill_seconds(self, tokens: int) -> float:
         """The time that a prompt of so many tokens takes on an idle machine, in batches as large as they may be."""
@@ -106,9 +119,9 @@ class Built:
         roster: Roster,
         sessions: Sessions,
         failed: Callable[[BaseException], None],
-    ) -> tuple[Worker, Meter]:
-        meter = Meter(self.engine.capabilities, self.batch_seconds)
-        return Worker(self.scheduler, self.engine, voice, observer, roster, sessions, failed, meter), meter
+        meter: Meter,
+    ) -> Worker:
+        return Worker(self.scheduler, self.engine, voice, observer, roster, sessions, failed, meter)
 
 
 def build_engine(config: EngineConfig, version_dir: Path) -> Replica:
@@ -125,13 +138,25 @@ def build_engine(config: EngineConfig, version_dir: Path) -> Replica:
     perf = _time_model(config, version_dir, loaded)
     scheduler: Planner = POLICIES[config.policy](loaded.engine.capabilities, perf)
     warm_up(POLICIES[config.policy](loaded.engine.capabilities, perf))
+    seconds = _learned(scheduler)
     if config.record:
         header = Header(config.policy, loaded.engine.capabilities, perf)
         scheduler = Recorder(scheduler, header, Tape(version_dir / config.record).write)
         log.info("recording to %s", version_dir / config.record)
     log.info("%s is ready after %.1f s: %s", config.policy, time.monotonic() - started, loaded.engine.capabilities)
     fingerprint = weights_fingerprint(version_dir / config.model, config.dtype)
-    return Built(loaded.engine, loaded.codec, loaded.vocab_size, scheduler, perf, fingerprint, loaded.think_end_id)
+    return Built(
+        loaded.engine, loaded.codec, loaded.vocab_size, scheduler, perf, fingerprint, loaded.think_end_id, seconds
+    )  # fmt: skip
+
+
+def _learned(scheduler: Planner) -> Callable[[BatchShape], float] | None:
+    """The time of a batch as this planner would predict it; None where it keeps no time model."""
+    if not isinstance(scheduler, Scheduler):
+        return None
+    model, perf = scheduler.model, scheduler.perf
+    timemodel.apply(model, 1.0)  # compiled now, and not beside the first requests
+    return lambda shape: float(timemodel.apply(model, perf.seconds(shape)))
 
 
 def _time_model(config: EngineConfig, version_dir: Path, loaded: Loaded) -> PerfModel:

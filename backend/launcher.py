@@ -242,7 +242,9 @@ def run(args: argparse.Namespace) -> int:
     if args.instances < 1:
         raise ValueError(f"--instances: must be at least 1, got {args.instances}")
     if args.instances == 1 and not args.router:
-        return tritonserver(_serve_argv(args, args.model_repository, 0))
+        return tritonserver(_serve_argv(args, args.model_repository, 0) + _changes(args))
+    if args.record:
+        raise ValueError("--record: several instances would write into one file; record one")
     logging.basicConfig(level=logging.INFO, format="slos-serve: %(message)s")
     folder = Path(tempfile.mkdtemp(prefix="slos-serve-"))
     try:
@@ -263,7 +265,7 @@ def prepare_replicas(args: argparse.Namespace, folder: Path) -> list[Launch]:
     for index in range(1, args.instances + 1):
         (own := folder / f"instance-{index}").mkdir()
         steps = index if args.router else index - 1
-        launches.append(prepare(_serve_argv(args, args.model_repository, PORT_STEP * steps), own)[0])
+        launches.append(prepare(_serve_argv(args, args.model_repository, PORT_STEP * steps) + _changes(args), own)[0])
         _LOG.info("instance %d: http=%s grpc=%s", index, launches[-1].http, launches[-1].grpc)
     if args.router:
         (own := folder / "router").mkdir()
@@ -274,6 +276,11 @@ def prepare_replicas(args: argparse.Namespace, folder: Path) -> list[Launch]:
     return launches
 
 
+def _changes(args: argparse.Namespace) -> list[str]:
+    """What is changed in the settings of the instances, but not in a router's."""
+    return [f"--set={each}" for each in args.set] + ([f"--record={args.record}"] if args.record else [])
+
+
 def _serve_argv(args: argparse.Namespace, repository: str, above: int) -> list[str]:
     """tritonserver's arguments for one server, its ports so far above those asked for; 0 stays any free one."""
     argv = [f"--model-repository={repository}"]
@@ -282,7 +289,6 @@ def _serve_argv(args: argparse.Namespace, repository: str, above: int) -> list[s
         port = getattr(args, f"{name}_port")
         argv += [f"--{name}-port={port and port + above}"]
     argv += ["--no-supervisor"] if args.no_supervisor else []
-    argv += [f"--set={each}" for each in args.set] + ([f"--record={args.record}"] if args.record else [])
     return [*argv, *args.extra]
 
 

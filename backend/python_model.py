@@ -129,14 +129,16 @@ class TritonPythonModel:
             sessions=sessions,
         )
         self._roster = Roster(config.max_requests, config.max_queued_tokens, built.prefill_seconds)
-        self._worker, meter = built.worker(
+        meter = built.meter()
+        self._herald = Herald(meter, _facts(config, labels, built.fingerprint, built.max_context))
+        self._worker = built.worker(
             voice=self._responder,
             observer=self._metrics,
             roster=self._roster,
             sessions=sessions,
             failed=self._exit,
+            meter=meter,
         )
-        self._herald = Herald(meter, _facts(config, labels, built.fingerprint, built.max_context))
         self._metrics.start()
         self._herald.start()
         self._responder.start(gone=self._worker.cancel)

@@ -9,13 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slos_serve.scheduler.attainment import attained, due_times
 from slos_serve.scheduler.core import Advance, Decision, Request, Stage
-
-if TYPE_CHECKING:
-    from .translate import Submission
 
 
 @dataclass(slots=True)
@@ -124,14 +121,3 @@ def _tpot(times: list[float]) -> float | None:
 
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 3)
-
-
-def ledger_of(submission: Submission) -> Ledger:
-    """The book of a request that begins; of a resumed one, with what was delivered elsewhere."""
-    resumed = submission.resumed
-    if resumed is None:
-        return Ledger(submission.request)
-    times = list(resumed.token_times)
-    ledger = Ledger(resumed.asked, token_times=times, resumed_tokens=len(times))
-    ledger.stage_tokens = list(resumed.stage_tokens)
-    return ledger

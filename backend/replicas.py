@@ -34,7 +34,7 @@ from slos_serve.backend.router_model import TritonPythonModel  # noqa: F401
 
 def write_router_repository(folder: Path, settings: Mapping[str, Any]) -> Path:
     """A model repository in `folder` with a router of these settings and the ensemble in front of it."""
-    from .ensemble import STEP, ensemble_config  # imports numpy: the supervisor must start at once and stay small
+    from .ensemble import STEP, ensemble_config  # loads numpy, which the supervisor does without
 
     router, ensemble = folder / STEP, folder / "slos_ensemble"
     (router / "1").mkdir(parents=True)

@@ -131,7 +131,8 @@ class Dispatcher:
         """Where the request goes now, and whether it may be declined there; None where there is nobody."""
         ask = self._ask(call)
         candidates = self._instances.order(ask, declined | full.keys())
-        may_hop = math.isfinite(ask.ttft) and len(declined) < self._config.max_hops
+        # Somebody reads what was resumed: no time to ask around.
+        may_hop = math.isfinite(ask.ttft) and len(declined) < self._config.max_hops and not call.ids
         if candidates and (may_hop or not declined):
             return candidates[0], ask, may_hop and len(self._instances.usable) > 1
         # Nobody promises it: as best effort it goes where the fewest promises are in its way.

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .generation import Generation
 from .tokenizer import Codec, IncrementalDecoder
 
 
@@ -20,6 +22,13 @@ class Round:
     prompt: str
     prompt_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
+
+
+def round_of(prompt: str, generation: Generation, output_ids: Sequence[int]) -> Round:
+    """What a finished generation said; tokens that another instance generated are part of the answer."""
+    asked = len(generation.token_ids) - generation.resumed
+    ids = (*generation.token_ids, *output_ids)
+    return Round(prompt, ids[:asked], ids[asked:])
 
 
 class Sessions:

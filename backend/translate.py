@@ -29,6 +29,7 @@ SAMPLING_FIELDS: Final = (
 )  # fmt: skip
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
+RESUME_SECONDS: Final = 0.25  # the next token of a request that was taken over is due no earlier
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,9 @@ class Translator:
             session=name_of(values, "session_id"),
         )
         done = self._check_resumed(values)
-        request, resumed = (asked, None) if not done else _resume(asked, done, values, self.limits.think_end_id)
+        request, resumed = (
+            (asked, None) if not done else _resume(asked, done, values, arrived_at, self.limits.think_end_id)
+        )
         echo = "" if values.get("exclude_input_from_output", True) else (prompt or self.codec.decode(ids))
         text, stop_test = self._text(ids, stop, sampling.min_tokens), self._stop_test(ids, stop, sampling.min_tokens)
         for token in done:  # its text is out already
@@ -253,8 +256,14 @@ def _stop(values: Values) -> tuple[str, ...]:
     return stop
 
 
-def _resume(asked: Request, done: tuple[int, ...], values: Values, think_end_id: int | None) -> tuple[Request, Resumed]:
-    """What is left of `asked` after the tokens `done`, as a request of its own: its next token is due when it was."""
+def _resume(
+    asked: Request, done: tuple[int, ...], values: Values, now: float, think_end_id: int | None
+) -> tuple[Request, Resumed]:
+    """What is left of `asked` after the tokens `done`, as a request of its own: its next token is due when it was.
+
+    Where that has passed it is planned for a moment from now, for somebody is reading: best effort would make the gap
+    longer. What is judged in the end is the request as it was asked.
+    """
     counts = [0]
     for token in done:
         stage = asked.stages[len(counts) - 1]
@@ -269,6 +278,7 @@ def _resume(asked: Request, done: tuple[int, ...], values: Values, think_end_id:
     if left < 1:
         raise invalid("resume_ids", f"must be fewer than max_tokens ({asked.max_new_tokens})", f"{len(done)} ids")
     due = list(due_times(asked.stages, [*counts[:-1], counts[-1] + 1], 0.0))[-1]
+    due = max(due, now - asked.arrived_at + RESUME_SECONDS)
     slo = Slo(due, first.slo.tpot) if first.slo else None
     rest = replace(asked, prompt_tokens=asked.prompt_tokens + len(done), stages=(Stage(left, slo), *later))
     times = tuple(asked.arrived_at + float(ms) / 1000 for ms in values["resume_times_ms"])

@@ -170,11 +170,15 @@ class TrtllmBuilt:
     mode: Mode
     install: Callable[[Mode, Any, Tickets, Callable[[], Planner] | None], Pilot | RemotePilot | None]
     tickets: Callable[[], Tickets]
-    fingerprint: str
+    fingerprint: str = ""  # equal for instances whose answers go on where another's ended
 
     @property
     def think_end_id(self) -> int | None:
         return self.stage_end
+
+    def meter(self) -> Meter:
+        """The load of this replica, by its time model."""
+        return Meter(self.capabilities, self.perf.seconds)
 
     @property
     def max_context(self) -> int:
@@ -194,9 +198,9 @@ class TrtllmBuilt:
         roster: Roster,
         sessions: Sessions,
         failed: Callable[[BaseException], None],
-    ) -> tuple[TrtllmWorker, Meter]:
-        """The worker, with the planner in the engine's scheduler where the checks allowed it; what reads its load."""
-        meter = Meter(self.capabilities, self.perf.seconds)
+        meter: Meter | None = None,
+    ) -> TrtllmWorker:
+        """The worker, with the planner in the engine's scheduler where the checks allowed it."""
         tickets = self.tickets()
         pilots: list[Pilot | RemotePilot] = []
 
@@ -205,15 +209,15 @@ class TrtllmBuilt:
 
         gate = Gate(self.perf, self.most_active, self.prefill_seconds, lambda: mode() is Mode.GOVERNOR)
         worker = TrtllmWorker(
-            self.front, gate, tickets, lambda: mode().value, voice, observer, roster, sessions, failed, meter,
-            self.stage_end,
+            self.front, gate, tickets, lambda: mode().value, voice, observer, roster, sessions, failed, self.stage_end,
+            meter,
         )  # fmt: skip
         pilot = self.install(self.mode, worker, tickets, None)
         if pilot is not None:
             pilots.append(pilot)
         for reason in self.findings.reasons:
             observer.counted("refused", reason.partition(":")[0])
-        return worker, meter
+        return worker
 
 
 def build(config: EngineConfig, version_dir: Path) -> TrtllmBuilt:

@@ -23,16 +23,17 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from slos_serve.scheduler.core import Advance, Decision, Plan, RequestId, Snapshot, StepReport
 
-from . import tickets
 from .generation import Generation
-from .receipt import Ledger, ledger_of
+from .receipt import Ledger
 from .refusal import Refusal
 from .responder import Reply
 from .roster import Roster
-from .sessions import Round, Sessions
+from .sessions import Sessions, round_of
+from .tickets import Parked
+from .tickets import Tickets as OfferTickets
 from .trtllm_gate import Gate
 from .trtllm_pilot import Ticket
-from .worker import BEAT_SECONDS, TICKET_SECONDS, Observer, Voice
+from .worker import BEAT_SECONDS, TICKET_SECONDS, Observer, Voice, ledger_of
 
 if TYPE_CHECKING:
     from .herald import Meter
@@ -117,29 +118,29 @@ class TrtllmWorker:
         self,
         front: Front,
         gate: Gate,
-        told: Tickets,
+        tickets: Tickets,
         mode: Callable[[], str],
         voice: Voice,
         observer: EngineMetrics,
         roster: Roster,
         sessions: Sessions,
         failed: Callable[[BaseException], None],
-        meter: Meter,
         stage_end: int | None = None,
+        meter: Meter | None = None,
     ) -> None:
         """`mode` is the pilot's; `failed` is called last of all when the engine died."""
         self._front = front
         self._gate = gate
-        self._told_tickets = told
+        self._tickets = tickets
         self._mode = mode
         self._voice = voice
         self._observer = observer
         self._roster = roster
         self._sessions = sessions
         self._failed = failed
-        self._meter = meter
         self._stage_end = stage_end
-        self.tickets = tickets.Tickets(TICKET_SECONDS)
+        self._meter = meter
+        self.tickets = OfferTickets(TICKET_SECONDS)
         self._jobs: dict[RequestId, _Job] = {}
         self._ids: dict[int, RequestId] = {}
         self._entry = threading.Lock()  # makes "refuse from now on" and "hand over" exclude each other
@@ -169,7 +170,7 @@ class TrtllmWorker:
             self._loop.call_soon_threadsafe(self._drop, reply)
 
     def cancel_id(self, request_id: str) -> None:
-        """The same by id, for a caller who cannot hang up; nothing happens when there is none such."""
+        """The same by id, for a caller who cannot hang up."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._drop_id, request_id)
 
@@ -224,8 +225,10 @@ class TrtllmWorker:
             if not self._front.is_alive:
                 raise RuntimeError("TensorRT-LLM's event loop has ended")
             self._observer.in_mode(self._mode())
-            self._observer.turned(self._seen())
-            self._meter.read(self._seen(), (job.ledger for job in self._jobs.values()))
+            seen = self._seen()
+            self._observer.turned(seen)
+            if self._meter is not None:
+                self._meter.read(seen, (job.ledger for job in self._jobs.values()))
             self._turn()
             await asyncio.sleep(BEAT_SECONDS)
 
@@ -259,15 +262,19 @@ class TrtllmWorker:
         self._voice.open(reply)
         job = _Job(reply, ledger_of(reply.submission), stage_left=request.stages[0].max_new_tokens)
         self._jobs[request.id] = job
-        if reply.is_offer:
-            # The engine's own thread decides later whether to promise: an offer is taken, with or without one.
-            self._voice.accepted(reply, self.tickets.issue(reply), tickets.Parked(TICKET_SECONDS))
         if self._closed:
             self._end(job, "unavailable")
             self._voice.fail(reply, Refusal("UNAVAILABLE", self._closed))
             return
+        if reply.is_offer:  # this engine decides too late to decline
+            self._voice.accepted(reply, self.tickets.issue(reply), Parked(self.tickets.seconds))
         self._gate.add(request, request.prompt_tokens)
         self._turn()
+
+    def _drop_id(self, request_id: str) -> None:
+        job = self._jobs.get(request_id)
+        if job is not None:
+            self._drop(job.reply)
 
     def _drop(self, reply: Reply) -> None:
         job = self._jobs.get(reply.submission.request.id)
@@ -276,10 +283,6 @@ class TrtllmWorker:
             self._end(job, "cancelled")
             self._voice.finish(reply, (), "cancelled", job.ledger.receipt())
             self._turn()
-
-    def _drop_id(self, request_id: str) -> None:
-        if request_id in self._jobs:
-            self._drop(self._jobs[request_id].reply)
 
     def _turn(self) -> None:
         """Let the gate move, and do what it says."""
@@ -299,7 +302,7 @@ class TrtllmWorker:
         generation, request = job.submission.generation, job.submission.request
         ticket = Ticket(request, self._stage_end if len(request.stages) > 1 else None)
         try:
-            job.handle = self._front.generate(generation, job.output_ids, self._told_tickets, ticket)
+            job.handle = self._front.generate(generation, job.output_ids, self._tickets, ticket)
         except ValueError as error:
             self._end(job, "refused")
             self._voice.fail(job.reply, Refusal("INVALID_ARGUMENT", str(error)))
@@ -328,7 +331,7 @@ class TrtllmWorker:
         request, now = job.submission.request, time.monotonic()
         tokens, reason = self._kept(job, fresh)
         if tokens:
-            if not job.ledger.token_times:
+            if not job.output_ids:
                 self._roster.prefilled(request.id)
             self._book(job, tokens, now)
             self._gate.grow(request.id, request.prompt_tokens + len(job.output_ids))
@@ -338,8 +341,7 @@ class TrtllmWorker:
             return
         prompt, session = job.submission.prompt, request.session
         if session is not None and prompt is not None:
-            ids = tuple(job.submission.generation.token_ids)
-            self._sessions.remember(session, Round(prompt, ids, tuple(job.output_ids)))
+            self._sessions.remember(session, round_of(prompt, job.submission.generation, job.output_ids))
         self._end(job, "finished")
         self._voice.finish(job.reply, tokens, reason, job.ledger.receipt())
         self._turn()
@@ -359,7 +361,7 @@ class TrtllmWorker:
         for token in tokens:
             job.stage_left -= 1
             ended = job.stage_left <= 0 or token == self._stage_end
-            stages = job.submission.request.stages
+            stages = job.ledger.request.stages
             turns = ended and len(job.ledger.stage_tokens) < len(stages)
             job.ledger.advance(Advance(job.submission.request.id, 0, 1, 0, turns), now)
             if turns:
@@ -390,4 +392,4 @@ class TrtllmWorker:
         """Stop a generation in the engine; one that has ended does not mind."""
         self._ids.pop(handle.client_id, None)
         handle.abort()
-        self._told_tickets.pop(handle.client_id, None)
+        self._tickets.pop(handle.client_id, None)

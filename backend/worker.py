@@ -23,11 +23,11 @@ from slos_serve.scheduler.core import Chunks, Plan, Snapshot, StepReport
 from slos_serve.scheduler.engine import Engine, Planner
 
 from .generation import Generation, Output
-from .receipt import Ledger, ledger_of
+from .receipt import Ledger
 from .refusal import Refusal
 from .responder import Reply
 from .roster import Roster
-from .sessions import Round, Sessions
+from .sessions import Sessions, round_of
 from .tickets import Parked, Tickets
 
 if TYPE_CHECKING:
@@ -98,6 +98,17 @@ class _CancelId:
 @dataclass(frozen=True, slots=True)
 class _Stop:
     pass
+
+
+def ledger_of(submission: Submission) -> Ledger:
+    """A new ledger, with what another instance delivered before already in it."""
+    resumed = submission.resumed
+    if resumed is None:
+        return Ledger(submission.request)
+    times = list(resumed.token_times)
+    ledger = Ledger(resumed.asked, token_times=times, resumed_tokens=len(times))
+    ledger.stage_tokens = list(resumed.stage_tokens)
+    return ledger
 
 
 class Worker:
@@ -335,10 +346,7 @@ class Worker:
     def _remember(self, job: Job) -> None:
         session, prompt = job.ledger.request.session, job.submission.prompt
         if session is not None and prompt is not None:
-            generation = job.submission.generation
-            asked = len(generation.token_ids) - generation.resumed
-            ids = (*generation.token_ids, *job.output_ids)
-            self._sessions.remember(session, Round(prompt, ids[:asked], ids[asked:]))
+            self._sessions.remember(session, round_of(prompt, job.submission.generation, job.output_ids))
 
     def _remove(self, job: Job, outcome: str) -> None:
         """Before the last response is queued: a caller that has it may use the request id again."""

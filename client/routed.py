@@ -221,12 +221,12 @@ class RoutedClient:
             now = time.monotonic()
             silent = [each for each in self._requests if each.address and now - each.running.heard_at > SILENT_SECONDS]
             if silent:
-                usable = await self._usable()
+                usable = await self.usable()
                 for request in silent:
                     if usable is not None and request.address not in usable:
                         request.running.interrupt(f"silent for {SILENT_SECONDS:g} s, and its router gave it up")
 
-    async def _usable(self) -> set[str] | None:
+    async def usable(self) -> set[str] | None:
         """Addresses of the instances that a router thinks well of; None when there is none or it does not answer."""
         router = self._routers[self._router]
         inputs = input_tensors({"control": "watch"})
