@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from slos_serve.scheduler import POLICIES, Advance, BatchShape, PerfModel, Request, Slo, Stage, StepReport
+from slos_serve.scheduler import POLICIES, Advance, BatchShape, PerfModel, Request, Scheduler, Slo, Stage, StepReport
 from slos_serve.scheduler.engine import Planner
 from slos_serve.scheduler.recording import Header, Recorder
 
 from .config import EngineConfig
-from .loading import Loaded, load_engine
+from .herald import Meter
+from .loading import Loaded, load_engine, weights_fingerprint
 from .metrics import Metrics
 from .profiling import SHORT_SECONDS, Profile, fit_samples, measure
 from .replay_file import Tape
 from .responder import Reply
 from .roster import Roster
 from .sessions import Sessions
+from .tickets import Tickets
 from .tokenizer import Codec
 from .worker import Observer, ServingEngine, Voice, Worker
 
@@ -31,9 +33,12 @@ log = logging.getLogger(__name__)
 class AnyWorker(Protocol):
     """What takes the requests of one replica, whoever owns the engine's loop."""
 
+    @property
+    def tickets(self) -> Tickets: ...
     def start(self) -> None: ...
     def submit(self, reply: Reply) -> None: ...
     def cancel(self, reply: Reply) -> None: ...
+    def cancel_id(self, request_id: str) -> None: ...
     def close(self, drain: float) -> None: ...
 
 
@@ -48,6 +53,10 @@ class Replica(Protocol):
     def perf(self) -> PerfModel: ...
     @property
     def max_context(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def think_end_id(self) -> int | None: ...
     def prefill_seconds(self, tokens: int) -> float: ...
     def worker(
         self,
@@ -56,7 +65,7 @@ class Replica(Protocol):
         roster: Roster,
         sessions: Sessions,
         failed: Callable[[BaseException], None],
-    ) -> AnyWorker: ...
+    ) -> tuple[AnyWorker, Meter]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +77,19 @@ class Built:
     vocab_size: int
     scheduler: Planner
     perf: PerfModel
+    fingerprint: str = ""  # equal for instances whose answers go on where another's ended
+    think_end_id: int | None = None
 
     @property
     def max_context(self) -> int:
         """The longest prompt plus output, by the engine's positions and by its memory."""
         limits = self.engine.capabilities
         return min(limits.max_context, limits.num_blocks * limits.block_tokens)
+
+    def batch_seconds(self, shape: BatchShape) -> float:
+        """The time of a batch, as corrected by what was measured while serving."""
+        raw = self.perf.seconds(shape)
+        return self.scheduler.batch_seconds(shape) if isinstance(self.scheduler, Scheduler) else raw
 
     def prefill_seconds(self, tokens: int) -> float:
         """The time that a prompt of so many tokens takes on an idle machine, in batches as large as they may be."""
@@ -90,8 +106,9 @@ class Built:
         roster: Roster,
         sessions: Sessions,
         failed: Callable[[BaseException], None],
-    ) -> Worker:
-        return Worker(self.scheduler, self.engine, voice, observer, roster, sessions, failed)
+    ) -> tuple[Worker, Meter]:
+        meter = Meter(self.engine.capabilities, self.batch_seconds)
+        return Worker(self.scheduler, self.engine, voice, observer, roster, sessions, failed, meter), meter
 
 
 def build_engine(config: EngineConfig, version_dir: Path) -> Replica:
@@ -113,7 +130,8 @@ def build_engine(config: EngineConfig, version_dir: Path) -> Replica:
         scheduler = Recorder(scheduler, header, Tape(version_dir / config.record).write)
         log.info("recording to %s", version_dir / config.record)
     log.info("%s is ready after %.1f s: %s", config.policy, time.monotonic() - started, loaded.engine.capabilities)
-    return Built(loaded.engine, loaded.codec, loaded.vocab_size, scheduler, perf)
+    fingerprint = weights_fingerprint(version_dir / config.model, config.dtype)
+    return Built(loaded.engine, loaded.codec, loaded.vocab_size, scheduler, perf, fingerprint, loaded.think_end_id)
 
 
 def _time_model(config: EngineConfig, version_dir: Path, loaded: Loaded) -> PerfModel:

@@ -79,7 +79,8 @@ def _range_text(low: float | None, high: float | None) -> str:
 class Generation:
     """What to generate: a prompt, the most new tokens of each stage (several: thinking, then the answer), how.
 
-    `stop` is called with every new token in order; True finishes the request, the token is kept.
+    `stop` is called with every new token in order; True finishes the request, the token is kept. The last
+    `resumed` of `token_ids` were generated elsewhere: the next token is drawn as the one after them.
     """
 
     request_id: str
@@ -87,6 +88,7 @@ class Generation:
     stage_limits: tuple[int, ...]
     sampling: SamplingParams
     stop: Callable[[int], bool] | None = None
+    resumed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

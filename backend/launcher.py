@@ -29,6 +29,7 @@ from typing import IO, Final
 from . import runtime
 from .overlay import overlay, parse_settings
 from .processes import Launch
+from .replicas import PORT_STEP, Replicas, write_router_repository
 from .runtime import StartError
 from .supervisor import Limits, Supervisor, is_ready
 
@@ -177,7 +178,7 @@ def _limits(args: argparse.Namespace) -> Limits | None:
 
 
 @contextmanager
-def _relayed_signals(supervisor: Supervisor) -> Iterator[None]:
+def _relayed_signals(supervisor: Supervisor | Replicas) -> Iterator[None]:
     """The first SIGINT or SIGTERM lets requests in flight finish, the second does not."""
     seen: list[int] = []
 
@@ -229,17 +230,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, port in _PORTS.items():
         text = f"default {port}; 0 takes a free one"
         parser.add_argument(f"--{name}-port", type=int, default=port, metavar="N", help=text)
+    parser.add_argument("--instances", type=int, default=1, metavar="N", help="servers of the model repository")
+    text = f"a router in front of them at the ports above; instance k is then at {PORT_STEP} * k above those"
+    parser.add_argument("--router", action="store_true", help=text)
     add_supervisor_arguments(parser)
     parser.add_argument("extra", nargs="*", metavar="-- ARG", help="further arguments for tritonserver")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`slos-serve serve`: the friendly form of `tritonserver --model-repository DIR`."""
-    argv = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in ("model_repository", *_OUR_LIMITS)]
-    argv += [f"--{name}-port={getattr(args, f'{name}_port')}" for name in _PORTS]
+    """`slos-serve serve`: the friendly form of `tritonserver --model-repository DIR`, for one or several servers."""
+    if args.instances < 1:
+        raise ValueError(f"--instances: must be at least 1, got {args.instances}")
+    if args.instances == 1 and not args.router:
+        return tritonserver(_serve_argv(args, args.model_repository, 0))
+    logging.basicConfig(level=logging.INFO, format="slos-serve: %(message)s")
+    folder = Path(tempfile.mkdtemp(prefix="slos-serve-"))
+    try:
+        launches = prepare_replicas(args, folder)
+        replicas = Replicas(
+            launches, None if args.no_supervisor else Limits(**{n: getattr(args, n) for n in _OUR_LIMITS})
+        )
+        with _relayed_signals(replicas):
+            code = replicas.run()
+        return code if code >= 0 else 128 - code
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepare_replicas(args: argparse.Namespace, folder: Path) -> list[Launch]:
+    """The instances, and behind them in the list the router, when one is wanted. Raises StartError or ValueError."""
+    launches = []
+    for index in range(1, args.instances + 1):
+        (own := folder / f"instance-{index}").mkdir()
+        steps = index if args.router else index - 1
+        launches.append(prepare(_serve_argv(args, args.model_repository, PORT_STEP * steps), own)[0])
+        _LOG.info("instance %d: http=%s grpc=%s", index, launches[-1].http, launches[-1].grpc)
+    if args.router:
+        (own := folder / "router").mkdir()
+        settings = {"instances": [launch.grpc for launch in launches]}
+        repository = write_router_repository(own / "repository", settings)
+        launches.append(prepare(_serve_argv(args, str(repository), 0), own)[0])
+        _LOG.info("router: http=%s grpc=%s", launches[-1].http, launches[-1].grpc)
+    return launches
+
+
+def _serve_argv(args: argparse.Namespace, repository: str, above: int) -> list[str]:
+    """tritonserver's arguments for one server, its ports so far above those asked for; 0 stays any free one."""
+    argv = [f"--model-repository={repository}"]
+    argv += [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in _OUR_LIMITS]
+    for name in _PORTS:
+        port = getattr(args, f"{name}_port")
+        argv += [f"--{name}-port={port and port + above}"]
     argv += ["--no-supervisor"] if args.no_supervisor else []
     argv += [f"--set={each}" for each in args.set] + ([f"--record={args.record}"] if args.record else [])
-    return tritonserver([*argv, *args.extra])
+    return [*argv, *args.extra]
 
 
 _DIAGNOSES: Final = (

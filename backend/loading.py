@@ -24,6 +24,7 @@ class Loaded:
     vocab_size: int
     host: Mapping[str, Any]
     model: Mapping[str, Any]
+    think_end_id: int | None = None
 
 
 def load_engine(config: EngineConfig, version_dir: Path) -> Loaded:
@@ -44,6 +45,7 @@ def load_engine(config: EngineConfig, version_dir: Path) -> Loaded:
     target = load_model(folder, dtype=config.dtype, device=config.device, needs_tokenizer=True)
     draft = None if draft_folder is None else load_model(draft_folder, dtype=config.dtype, device=config.device)
     codec = Tokenizer(folder)
+    think_end_id = codec.token_id(config.think_end)
     engine = TorchEngine(
         target,
         draft,
@@ -53,7 +55,7 @@ def load_engine(config: EngineConfig, version_dir: Path) -> Loaded:
         max_batch_tokens=config.max_batch_tokens,
         max_batch_requests=config.max_batch_requests,
         max_draft=config.max_draft,
-        think_end_id=codec.token_id(config.think_end),
+        think_end_id=think_end_id,
     )
     return Loaded(
         engine,
@@ -61,6 +63,7 @@ def load_engine(config: EngineConfig, version_dir: Path) -> Loaded:
         target.vocab_size,
         host_facts(str(target.device), threads),
         model_facts(config.engine, folder, draft_folder, config.dtype),
+        think_end_id,
     )
 
 
@@ -99,3 +102,16 @@ def model_facts(engine: str, folder: Path, draft: Path | None, dtype: str) -> di
 
 def _fingerprint(folder: Path) -> str:
     return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:16]
+
+
+def weights_fingerprint(folder: Path, dtype: str, sample: int = 1 << 16) -> str:
+    """Tells models of different answers apart: settings, tokenizer, and the size and end of every weight file."""
+    digest = hashlib.sha256(dtype.encode())
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        if path.suffix not in (".json", ".safetensors", ".bin", ".model", ".txt"):
+            continue
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(0 if path.suffix == ".json" else max(0, size - sample))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return digest.hexdigest()[:16]

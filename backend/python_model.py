@@ -12,19 +12,22 @@ import json
 import logging
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from slos_serve.client.wire import INPUTS, OUTPUTS, Array
+from slos_serve.client.wire import INPUTS, OUTPUTS, Array, text
 
-from .config import read_config
+from .config import EngineConfig, SloClass, read_config
+from .herald import Herald
 from .metrics import Metrics, TritonExporter
-from .refusal import Refusal
+from .refusal import Refusal, invalid
 from .responder import Reply, Responder
 from .roster import Roster
 from .sessions import Sessions
@@ -78,11 +81,12 @@ class TritonOutlet:
             self._sender.send(response)
             return
         self._is_closed = True
+        sender, self._sender = self._sender, None  # Triton unloads no model while any sender is referred to
         try:
-            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception:
             with contextlib.suppress(Exception):  # without any final flag the caller would wait for ever
-                self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             raise
 
 
@@ -118,21 +122,23 @@ class TritonPythonModel:
         sessions = Sessions(built.codec, config.session_tokens)
         self._translator = Translator(
             codec=built.codec,
-            limits=Limits(built.max_context, built.vocab_size, config.default_max_tokens),
+            limits=Limits(built.max_context, built.vocab_size, config.default_max_tokens, built.think_end_id),
             classes=config.classes,
             default_class=config.default_class,
             prefill_seconds=built.prefill_seconds,
             sessions=sessions,
         )
         self._roster = Roster(config.max_requests, config.max_queued_tokens, built.prefill_seconds)
-        self._worker = built.worker(
+        self._worker, meter = built.worker(
             voice=self._responder,
             observer=self._metrics,
             roster=self._roster,
             sessions=sessions,
             failed=self._exit,
         )
+        self._herald = Herald(meter, _facts(config, labels, built.fingerprint, built.max_context))
         self._metrics.start()
+        self._herald.start()
         self._responder.start(gone=self._worker.cancel)
         self._worker.start()
 
@@ -142,9 +148,7 @@ class TritonPythonModel:
         for request in requests:
             outlet = TritonOutlet(request.get_response_sender())
             try:
-                parameters = json.loads(request.parameters() or "{}")
-                submission = self._submission(request, parameters, arrived_at)
-                self._worker.submit(Reply(submission, outlet, arrived_at + _timeout(request, parameters)))
+                self._take(request, outlet, arrived_at)
             except Refusal as refusal:
                 self._refuse(outlet, refusal)
             except Exception as error:
@@ -154,15 +158,31 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Let what is in flight end for a while, answer the rest, and end all threads."""
         log.info("unloading: up to %.0f s for %d requests in flight", self._drain, len(self._roster))
+        self._herald.close()
         self._worker.close(self._drain)
         self._responder.close(FLUSH_SECONDS)
         self._metrics.close()
         log.info("unloaded")
 
-    def _submission(self, request: Any, parameters: Mapping[str, Any], arrived_at: float) -> Any:
-        request_id = request.request_id() or f"slos-{next(self._turn)}"
+    def _take(self, request: Any, outlet: TritonOutlet, arrived_at: float) -> None:
+        """A control request is answered here, all others go to the engine thread. Raises Refusal."""
+        parameters = json.loads(request.parameters() or "{}")
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        return self._translator.submission(request_id, tensors, parameters, arrived_at)
+        control = control_of(tensors, parameters)
+        if control == "watch":
+            self._herald.watch(outlet)
+        elif control == "stop":
+            self._worker.cancel_id(request.request_id())
+            outlet.send(stopped(), final=True)
+        elif "ticket" in tensors:
+            self._responder.claim(self._worker.tickets.take(text(tensors["ticket"])), outlet)
+        elif control in ("", "offer"):
+            request_id = request.request_id() or f"slos-{next(self._turn)}"
+            submission = self._translator.submission(request_id, tensors, parameters, arrived_at)
+            deadline = arrived_at + timeout_of(request, parameters)
+            self._worker.submit(Reply(submission, outlet, deadline, is_offer=control == "offer"))
+        else:
+            raise invalid("control", "must be watch, stop or offer here", control)
 
     def _refuse(self, outlet: TritonOutlet, refusal: Refusal) -> None:
         self._metrics.refused(refusal.code)
@@ -178,7 +198,37 @@ class TritonPythonModel:
         os._exit(EXIT_FAILED)
 
 
-def _timeout(request: Any, parameters: Mapping[str, Any]) -> float:
+def control_of(tensors: Mapping[str, Array], parameters: Mapping[str, Any]) -> str:
+    """What a request asks for besides tokens; "" for an ordinary one. The parameter `stop: true` is a stop, too."""
+    if parameters.get("stop") is True:
+        return "stop"
+    return text(tensors.get("control")) or str(parameters.get("control", ""))
+
+
+def stopped() -> dict[str, Array]:
+    """The answer to a stop request: it was heard, whether or not there was anything to stop."""
+    return {"control_output": np.array([b'{"stopped": true}'], dtype=np.object_)}
+
+
+def _facts(config: EngineConfig, labels: Mapping[str, str], fingerprint: str, max_context: int) -> dict[str, Any]:
+    """What a router must know of this instance besides its load. `instance` is another one after a restart."""
+    classes = {name: _class_facts(slo) for name, slo in config.classes.items()}
+    return {
+        **labels,
+        "instance": secrets.token_hex(6),
+        "fingerprint": fingerprint,
+        "max_context": max_context,
+        "classes": classes,
+        "default_class": config.default_class,
+    }
+
+
+def _class_facts(slo: SloClass) -> dict[str, float | None]:
+    names = ("ttft_ms", "ttft_slowdown", "ttft_floor_ms", "tpot_ms", "thinking_tpot_ms")
+    return {name: None if slo.best_effort else getattr(slo, name) for name in names}
+
+
+def timeout_of(request: Any, parameters: Mapping[str, Any]) -> float:
     """How long the caller wants to wait, in seconds: KServe's timeout in microseconds, also as a parameter."""
     given = request.timeout() or parameters.get("timeout", 0)
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given < math.inf:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slos_serve.scheduler.attainment import attained, due_times
 from slos_serve.scheduler.core import Advance, Decision, Request, Stage
+
+if TYPE_CHECKING:
+    from .translate import Submission
 
 
 @dataclass(slots=True)
@@ -29,6 +32,7 @@ class Ledger:
     accepted: int = 0
     token_times: list[float] = field(default_factory=list)
     stage_tokens: list[int] = field(default_factory=lambda: [0])
+    resumed_tokens: int = 0  # delivered by another instance: the first of `token_times`
 
     def decide(self, decision: Decision) -> None:
         self.admitted, self.reason = decision.admitted, decision.reason
@@ -77,6 +81,7 @@ class Ledger:
             "prompt_tokens": self.request.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "tokens": len(self.token_times),
+            "resumed_tokens": self.resumed_tokens,
             "queue_ms": _ms(waited),
             "ttft_ms": _ms(self.ttft),
             "tpot_ms": _ms(self.tpot),
@@ -119,3 +124,14 @@ def _tpot(times: list[float]) -> float | None:
 
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 3)
+
+
+def ledger_of(submission: Submission) -> Ledger:
+    """The book of a request that begins; of a resumed one, with what was delivered elsewhere."""
+    resumed = submission.resumed
+    if resumed is None:
+        return Ledger(submission.request)
+    times = list(resumed.token_times)
+    ledger = Ledger(resumed.asked, token_times=times, resumed_tokens=len(times))
+    ledger.stage_tokens = list(resumed.stage_tokens)
+    return ledger

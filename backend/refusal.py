@@ -12,6 +12,7 @@ A promise that cannot be kept is not an error: that request is served best effor
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 CODES: Final = ("INVALID_ARGUMENT", "ALREADY_EXISTS", "OVERLOADED", "UNAVAILABLE", "CANCELLED", "INTERNAL")
@@ -35,3 +36,14 @@ def invalid(field: str, wanted: str, got: object) -> Refusal:
 def overloaded(retry_after: float, message: str) -> Refusal:
     """Too much at once; `retry_after` seconds is when asking again makes sense."""
     return Refusal("OVERLOADED", message, f"retry_after_ms={max(1, round(retry_after * 1000))}")
+
+
+_TEXT: Final = re.compile(r"\b([A-Z]+(?:_[A-Z]+)*)((?: [a-z_]+=\d+)*): (.*)", re.DOTALL)
+
+
+def parse_refusal(text: str) -> Refusal | None:
+    """The refusal that an instance wrote as `text`; None for an error that is not one of ours."""
+    found = _TEXT.search(text)
+    if found is None or found[1] not in CODES:
+        return None
+    return Refusal(found[1], found[3], found[2].strip())

@@ -23,6 +23,7 @@ import numpy as np
 from slos_serve.client.wire import Array
 
 from .refusal import Refusal
+from .tickets import Parked
 
 if TYPE_CHECKING:
     from .translate import Submission
@@ -56,11 +57,16 @@ class Reply:
     finish_reason: str | None = None
     receipt: Mapping[str, Any] | None = None
     is_abandoned: bool = False
+    is_offer: bool = False  # answered with a ticket, with which somebody will claim the stream
+    hold_until: float = 0.0  # monotonic seconds until which tokens wait for others
+
+    def __post_init__(self) -> None:
+        self.token_index = self.submission.generation.resumed
 
     def push(self, ids: Sequence[int]) -> None:
         """Add tokens to what waits."""
         if not self.token_index and not self.ids and self.submission.echo:
-            self.text.append(self.submission.echo)
+            self.text.append(self.submission.echo)  # not when resumed: token_index counts what was delivered
         self.ids += ids
         self.text += map(self.submission.text.push, ids)
 
@@ -71,9 +77,22 @@ class Reply:
             self.text.append(self.submission.text.flush())
         text = "".join(self.text)
         if final or (self.submission.streaming and (text or (self.submission.return_token_ids and self.ids))):
+            self.hold_until = self._hold_until(time.monotonic())
             tensors = self._tensors(text)
             self.ids, self.text = [], []
             self.outlet.send(tensors, final=final)
+
+    def _hold_until(self, now: float) -> float:
+        """Until when the next tokens may wait for others: never beyond three quarters of the way to their due time."""
+        coalesce = self.submission.coalesce
+        if not coalesce:
+            return 0.0
+        slo = self.submission.request.stages[0].slo
+        if slo is None:
+            return now + coalesce
+        sent = self.token_index + len(self.ids) - self.submission.generation.resumed
+        due = self.submission.request.arrived_at + slo.ttft + sent * slo.tpot
+        return min(now + coalesce, due - 0.25 * slo.tpot)
 
     def _tensors(self, text: str) -> dict[str, Array]:
         self.token_index += len(self.ids)
@@ -114,7 +133,24 @@ class Failed:
     refusal: Refusal
 
 
-Event = Opened | Tokens | Failed
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The request, which was offered, will be served: whoever has this ticket may claim its stream."""
+
+    reply: Reply
+    ticket: str
+    parked: Parked
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """Somebody came with the ticket."""
+
+    reply: Reply
+    outlet: Outlet
+
+
+Event = Opened | Tokens | Failed | Accepted | Claimed
 
 
 class Lane(threading.Thread):
@@ -125,6 +161,7 @@ class Lane(threading.Thread):
         self.events: SimpleQueue[Event | None] = SimpleQueue()
         self._gone = gone
         self._open: set[Reply] = set()
+        self._held: dict[Reply, None] = {}
         self._poll_at = 0.0
 
     def run(self) -> None:
@@ -132,19 +169,26 @@ class Lane(threading.Thread):
         while running:
             events = self._take()
             running = None not in events
-            waiting: dict[Reply, None] = {}
+            waiting, self._held = self._held, {}
             for event in events:
                 if event is not None:
                     self._apply(event, waiting)
+            now = time.monotonic()
             for reply in waiting:
-                self._guarded(reply, reply.flush)
+                if now < reply.hold_until and reply.finish_reason is None and running:
+                    self._held[reply] = None
+                else:
+                    self._guarded(reply, reply.flush)
             self._poll()
 
     def _take(self) -> list[Event | None]:
-        """All events that wait; at least one, or none after the poll interval."""
+        """All events that wait; at least one, or none after the poll interval or when held tokens are to go."""
         events: list[Event | None] = []
+        timeout = POLL_SECONDS if self._open else None
+        if self._held:
+            timeout = min(max(min(reply.hold_until for reply in self._held) - time.monotonic(), 0.0), POLL_SECONDS)
         try:
-            events.append(self.events.get(timeout=POLL_SECONDS if self._open else None))
+            events.append(self.events.get(timeout=timeout))
             while True:
                 events.append(self.events.get_nowait())
         except Empty:
@@ -154,8 +198,14 @@ class Lane(threading.Thread):
         reply = event.reply
         if isinstance(event, Opened):
             self._open.add(reply)
+        elif isinstance(event, Claimed):
+            self._claim(reply, event.outlet)
         elif reply.outlet.is_closed:
             return
+        elif isinstance(event, Accepted):
+            self._guarded(reply, lambda: reply.outlet.send(_control({"ticket": event.ticket}), final=True))
+            reply.outlet = event.parked
+            self._open.add(reply)
         elif isinstance(event, Failed):
             waiting.pop(reply, None)
             self._guarded(reply, reply.flush)
@@ -164,6 +214,21 @@ class Lane(threading.Thread):
             self._guarded(reply, lambda: reply.push(event.ids))
             reply.finish_reason, reply.receipt = event.finish_reason, event.receipt
             waiting[reply] = None
+
+    def _claim(self, reply: Reply, outlet: Outlet) -> None:
+        """What was said meanwhile goes first; a ticket that expired is refused."""
+        parked = reply.outlet
+        if not isinstance(parked, Parked) or parked.is_closed:
+            outlet.fail(Refusal("UNAVAILABLE", "ticket: it has expired"))
+            return
+        reply.outlet = outlet
+        self._open.add(reply)
+        for tensors, final in parked.said:
+            if not outlet.is_closed:
+                self._guarded(reply, lambda t=tensors, f=final: outlet.send(t, final=f))  # type: ignore[misc]
+        refusal = parked.refusal
+        if refusal is not None and not outlet.is_closed:
+            self._guarded(reply, lambda: outlet.fail(refusal))
 
     def _guarded(self, reply: Reply, act: Callable[[], None]) -> None:
         """Run `act`; a response that cannot be made or sent ends its own request only."""
@@ -192,10 +257,17 @@ class Lane(threading.Thread):
         if not reply.is_abandoned:
             reply.is_abandoned = True
             self._gone(reply)
+        if isinstance(reply.outlet, Parked) and reply.outlet.has_ended:  # nobody is left to end it
+            reply.outlet.close()
+            self._open.discard(reply)
+
+
+def _control(values: Mapping[str, Any]) -> dict[str, Array]:
+    return {"control_output": np.array([json.dumps(values).encode()], dtype=np.object_)}
 
 
 class Responder:
-    """The lanes. Everything but `start` and `close` is called by the engine thread."""
+    """The lanes. Everything but `start`, `claim` and `close` is called by the engine thread."""
 
     def __init__(self, lanes: int) -> None:
         self._count = lanes
@@ -220,6 +292,13 @@ class Responder:
 
     def fail(self, reply: Reply, refusal: Refusal) -> None:
         self._put(Failed(reply, refusal))
+
+    def accepted(self, reply: Reply, ticket: str, parked: Parked) -> None:
+        self._put(Accepted(reply, ticket, parked))
+
+    def claim(self, reply: Reply, outlet: Outlet) -> None:
+        """From Triton's thread: the stream of a parked reply goes to `outlet` from now on."""
+        self._put(Claimed(reply, outlet))
 
     def close(self, timeout: float) -> None:
         """Send what is queued and end the threads, waiting at most `timeout` seconds."""

@@ -26,7 +26,10 @@ class Gain:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Mutable state of one request. `tokens` has room for the prompt and all tokens of `stage_limits`."""
+    """Mutable state of one request. `tokens` has room for the prompt and all tokens of `stage_limits`.
+
+    The last `resumed` tokens of the prompt were generated before, by another engine.
+    """
 
     request_id: str
     tokens: Ints
@@ -37,6 +40,7 @@ class Sequence:
     end_ids: tuple[int, ...]  # tokens that finish the request
     think_end_id: int | None  # the token that ends a stage before the last
     stop: Callable[[int], bool] | None
+    resumed: int = 0
     known: int = 0  # tokens[:known] are the prompt and what was generated
     computed: int = 0  # tokens[:computed] have KV in `blocks`
     draft_computed: int = 0  # and so many have KV of the draft model there
@@ -60,7 +64,8 @@ class Sequence:
 
     def row(self, guesses: int = 0) -> Row:
         """What the token after the known ones and `guesses` more (already in `tokens`) depends on."""
-        return Row(self.sampling, self.seed, self.tokens[: self.known + guesses], self.prompt_tokens, self.end_ids)
+        asked = self.prompt_tokens - self.resumed
+        return Row(self.sampling, self.seed, self.tokens[: self.known + guesses], asked, self.end_ids)
 
     def guess(self, ids: Ints) -> None:
         """Put guesses behind the known tokens; they become known only through `append`."""

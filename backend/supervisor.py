@@ -133,11 +133,16 @@ def is_ready(address: str, models: tuple[str, ...] = (), *, timeout: float = 5.0
 
 
 def served_models(address: str, *, timeout: float) -> list[str]:
-    """The names of the ready models that our backend serves."""
+    """The names of the ready models that our backend serves, and of our routers."""
     _, body = ask(address, "POST", "/v2/repository/index", {"ready": True}, timeout=timeout)
     names = sorted({str(entry["name"]) for entry in json.loads(body)})
     configs = {name: json.loads(ask(address, "GET", f"/v2/models/{name}/config", timeout=timeout)[1]) for name in names}
-    return [name for name, config in configs.items() if config.get("backend") == BACKEND]
+    return [name for name, config in configs.items() if _is_ours(config)]
+
+
+def _is_ours(config: dict[str, Any]) -> bool:
+    """A router is an ordinary Python model that says so."""
+    return config.get("backend") == BACKEND or BACKEND in config.get("parameters", {})
 
 
 def probe_model(address: str, model: str, *, timeout: float) -> tuple[Answer, str]:

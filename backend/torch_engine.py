@@ -170,6 +170,7 @@ class TorchEngine:
             end_ids=() if sampling.ignore_eos else ends,
             think_end_id=self._think_end_id,
             stop=generation.stop,
+            resumed=generation.resumed,
         )  # fmt: skip
 
     @property

@@ -1,50 +1,47 @@
-"""From the tensors of a Triton request to a validated `Submission`; everything wrong is refused here.
+"""From the fields of a Triton request to a validated `Submission`; everything wrong is refused here.
 
-A field may come as a tensor, inside the JSON of `sampling_parameters`, or as a request parameter, in
-this order of precedence, under its own name or an alias of `client.wire`. Nothing here sees Triton.
+Nothing here sees Triton.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
-from slos_serve.client.wire import CANONICAL, INPUT_BY_NAME, Array, Field
+from slos_serve.client.wire import CANONICAL, Array
+from slos_serve.scheduler.attainment import due_times
 from slos_serve.scheduler.core import Request, Slo, Stage
 
 from .config import SloClass
+from .fields import Values, milliseconds, name_of, read_fields
 from .generation import Generation, SamplingParams
 from .refusal import Refusal, invalid
 from .sessions import Sessions
 from .tokenizer import Codec, IncrementalDecoder, StopText
 
-# Keys of vLLM's sampling parameters that are served with one value only, which changes nothing here.
-ONLY_VALUE: Final[Mapping[str, Any]] = {
-    "n": 1,
-    "best_of": 1,
-    "use_beam_search": False,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-    "skip_special_tokens": True,
-    "spaces_between_special_tokens": True,
-    "include_stop_str_in_output": False,
-    "detokenize": True,
-}
-PROMPT_FIELDS: Final = ("text_input", "input_ids", "sampling_parameters")
 SAMPLING_FIELDS: Final = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "seed", "min_tokens", "ignore_eos", "end_id",
 )  # fmt: skip
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
-MAX_NAME_CHARS: Final = 256
 
-Values = Mapping[str, Any]
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What another instance delivered of a request before this one took it over.
+
+    `asked` is the request as it first was; `token_times` are absolute and `stage_tokens` count the tokens of
+    each stage so far.
+    """
+
+    asked: Request
+    token_times: tuple[float, ...]
+    stage_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,139 +55,22 @@ class Submission:
     echo: str = ""  # goes before the first text
     streaming: bool = False
     return_token_ids: bool = False
+    resumed: Resumed | None = None
+    may_decline: bool = False
+    coalesce: float = 0.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may ask for: the context in tokens, the vocabulary and the default output length."""
+    """What a request may ask for: the context in tokens, the vocabulary and the default output length.
+
+    `think_end_id` is the token that ends the thinking, where the vocabulary has it.
+    """
 
     max_context: int
     vocab_size: int
     default_max_tokens: int
-
-
-def read_fields(tensors: Mapping[str, Array], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Canonical field names to plain Python values. Raises Refusal for what cannot be read."""
-    values = _from_tensors(tensors)
-    chosen = _from_json(values.pop("sampling_parameters", None))
-    known = {name: value for name, value in parameters.items() if name in INPUT_BY_NAME}
-    nested = _from_json(_text_of(known.pop("sampling_parameters", None), "sampling_parameters"))
-    return {**_from_scalars(known), **nested, **chosen, **values}
-
-
-def _from_tensors(tensors: Mapping[str, Array]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, array in tensors.items():
-        field = INPUT_BY_NAME.get(name)
-        if field is None:
-            raise invalid(name, f"must be one of {', '.join(INPUT_BY_NAME)}", "an unknown tensor")
-        _put(values, field, _plain(field, array))
-    return values
-
-
-def _plain(field: Field, array: Array) -> Any:
-    """A tensor's value: a list for fields of any length, one item otherwise."""
-    if field.name == "input_ids":
-        return array.reshape(-1)
-    items = [_item(field, item) for item in array.reshape(-1).tolist()]
-    if field.dims == (-1,):
-        return items
-    if len(items) != 1:
-        raise invalid(field.name, "must be one value", f"{len(items)}")
-    return items[0]
-
-
-def _item(field: Field, item: Any) -> Any:
-    if field.dtype != "BYTES":
-        return item
-    try:
-        return item if isinstance(item, str) else bytes(item).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise invalid(field.name, f"must be UTF-8 text ({error.reason} at byte {error.start})", item[:40]) from error
-
-
-def _put(values: dict[str, Any], field: Field, value: Any) -> None:
-    """Under its canonical name. Two aliases may both be given when they agree."""
-    if field.means in values and values[field.means] != value:
-        raise invalid(field.name, f"must agree with the other names of {field.means}", value)
-    values[field.means] = value
-
-
-def _from_json(text: str | None) -> dict[str, Any]:
-    """The fields of `sampling_parameters`, vLLM's way: a JSON object whose numbers may be strings."""
-    if text is None:
-        return {}
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise invalid("sampling_parameters", f"must be a JSON object ({error})", text) from error
-    if not isinstance(data, dict):
-        raise invalid("sampling_parameters", "must be a JSON object", text)
-    for name in data.keys() & ONLY_VALUE.keys():
-        _check_only_value(name, data.pop(name))
-    for name in data:
-        if name not in INPUT_BY_NAME or name in PROMPT_FIELDS:
-            raise invalid("sampling_parameters", "keys must be sampling or SLO fields", name)
-    return _from_scalars(data)
-
-
-def _check_only_value(name: str, value: Any) -> None:
-    only = ONLY_VALUE[name]
-    given = value.strip().lower() if isinstance(value, str) else json.dumps(value)
-    if value is not None and given not in (json.dumps(only), str(int(only))):
-        raise invalid(f"sampling_parameters.{name}", f"only {json.dumps(only)} is served", value)
-
-
-def _from_scalars(data: Mapping[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        if value is not None:
-            field = INPUT_BY_NAME[name]
-            _put(values, field, _scalar(field, value))
-    return values
-
-
-def _scalar(field: Field, value: Any) -> Any:
-    """A JSON value as the field's type; numbers and booleans may come as strings."""
-    if field.dims == (-1,):
-        items = value if isinstance(value, list) else [value]
-        return [_scalar(Field(field.name, field.dtype, (1,), field.means), item) for item in items]
-    if field.dtype == "BYTES":
-        return _text_of(value, field.name)
-    if field.dtype == "BOOL":
-        return _truth(field.name, value)
-    return _number(field, value)
-
-
-def _text_of(value: Any, name: str) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    raise invalid(name, "must be a string", value)
-
-
-def _truth(name: str, value: Any) -> bool:
-    words = {"true": True, "1": True, "false": False, "0": False}
-    word = str(value).strip().lower()
-    if word not in words:
-        raise invalid(name, "must be true or false", value)
-    return words[word]
-
-
-def _number(field: Field, value: Any) -> int | float:
-    kind = "a number" if field.dtype == "FP32" else "an integer"
-    try:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise ValueError
-        number = float(value) if field.dtype == "FP32" else _integer(value)
-    except (ValueError, OverflowError):
-        raise invalid(field.name, f"must be {kind}", value) from None
-    return number
-
-
-def _integer(value: int | float | str) -> int:
-    if isinstance(value, float) and not value.is_integer():
-        raise ValueError
-    return int(value)
+    think_end_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,32 +95,52 @@ class Translator:
         sampling = self._sampling(values)
         stop = _stop(values)
         prompt, ids = self._prompt(values)
-        stages = self._stages(values, len(ids))
-        request = Request(
+        asked = Request(
             id=request_id,
-            arrived_at=arrived_at,
+            arrived_at=arrived_at - (milliseconds(values, "elapsed_ms", least=0.0) or 0.0) / 1000,
             prompt_tokens=len(ids),
-            stages=stages,
+            stages=self._stages(values, len(ids)),
             slo_class=self._class_name(values),
             weight=self.classes[self._class_name(values)].weight,
-            session=_name(values, "session_id"),
+            session=name_of(values, "session_id"),
         )
+        done = self._check_resumed(values)
+        request, resumed = (asked, None) if not done else _resume(asked, done, values, self.limits.think_end_id)
         echo = "" if values.get("exclude_input_from_output", True) else (prompt or self.codec.decode(ids))
+        text, stop_test = self._text(ids, stop, sampling.min_tokens), self._stop_test(ids, stop, sampling.min_tokens)
+        for token in done:  # its text is out already
+            text.push(token)
+            if stop_test is not None:
+                stop_test(token)
         return Submission(
             request=request,
             generation=Generation(
                 request_id=request_id,
-                token_ids=ids,
-                stage_limits=tuple(stage.max_new_tokens for stage in stages),
+                token_ids=ids + done,
+                stage_limits=tuple(stage.max_new_tokens for stage in request.stages),
                 sampling=sampling,
-                stop=self._stop_test(ids, stop, sampling.min_tokens),
+                stop=stop_test,
+                resumed=len(done),
             ),
-            text=self._text(ids, stop, sampling.min_tokens),
+            text=text,
             prompt=prompt,
             echo=echo,
             streaming=values.get("stream", False),
             return_token_ids=values.get("return_token_ids", False),
+            resumed=resumed,
+            may_decline=values.get("may_decline", False),
+            coalesce=(milliseconds(values, "coalesce_ms", least=0.0) or 0.0) / 1000,
         )
+
+    def _check_resumed(self, values: Values) -> tuple[int, ...]:
+        ids = np.asarray(values.get("resume_ids", ()), dtype=np.int64)
+        if len(values.get("resume_times_ms", ())) != ids.size:
+            times = len(values.get("resume_times_ms", ()))
+            raise invalid("resume_times_ms", f"must have a time for each of {ids.size} resume_ids", f"{times} times")
+        wrong = ids[(ids < 0) | (ids >= self.limits.vocab_size)]
+        if wrong.size:
+            raise invalid("resume_ids", f"every token id must be in [0, {self.limits.vocab_size})", int(wrong[0]))
+        return tuple(ids.tolist())
 
     def _sampling(self, values: Values) -> SamplingParams:
         chosen = {name: values[name] for name in SAMPLING_FIELDS if name in values}
@@ -263,7 +163,7 @@ class Translator:
         if not text:
             raise invalid("text_input", "must not be empty", text)
         self._check_context("text_input", self.codec.least_tokens(text), "at least ")
-        session = _name(values, "session_id")
+        session = name_of(values, "session_id")
         tokens = self.sessions.encode(session, text) if session else self.codec.encode(text)
         if not tokens:
             raise invalid("text_input", "must have at least one token", text)
@@ -307,9 +207,9 @@ class Translator:
     def _slos(self, values: Values, prompt_tokens: int) -> tuple[Slo | None, Slo | None]:
         """The promises about thinking and answer: the class's, with explicit values in their place."""
         slo_class = self.classes[self._class_name(values)]
-        ttft = _milliseconds(values, "slo_ttft_ms")
-        tpot = _milliseconds(values, "slo_tpot_ms")
-        thinking_tpot = _milliseconds(values, "slo_thinking_tpot_ms")
+        ttft = milliseconds(values, "slo_ttft_ms")
+        tpot = milliseconds(values, "slo_tpot_ms")
+        thinking_tpot = milliseconds(values, "slo_thinking_tpot_ms")
         if slo_class.best_effort and ttft is None and tpot is None and thinking_tpot is None:
             return None, None
         ttft = ttft if ttft is not None else self._ttft(slo_class, prompt_tokens)
@@ -353,18 +253,28 @@ def _stop(values: Values) -> tuple[str, ...]:
     return stop
 
 
-def _name(values: Values, field: str) -> str | None:
-    name: str | None = values.get(field)
-    if name is not None and not 0 < len(name) <= MAX_NAME_CHARS:
-        raise invalid(field, f"must have 1 to {MAX_NAME_CHARS} characters", name)
-    return name
-
-
-def _milliseconds(values: Values, field: str) -> float | None:
-    value: float | None = values.get(field)
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise invalid(field, "must be a positive, finite number of milliseconds", value)
-    return value
+def _resume(asked: Request, done: tuple[int, ...], values: Values, think_end_id: int | None) -> tuple[Request, Resumed]:
+    """What is left of `asked` after the tokens `done`, as a request of its own: its next token is due when it was."""
+    counts = [0]
+    for token in done:
+        stage = asked.stages[len(counts) - 1]
+        is_last = len(counts) == len(asked.stages)
+        if counts[-1] == stage.max_new_tokens:
+            raise invalid("resume_ids", f"must be fewer than max_tokens ({asked.max_new_tokens})", f"{len(done)} ids")
+        counts[-1] += 1
+        if not is_last and (counts[-1] == stage.max_new_tokens or token == think_end_id):
+            counts.append(0)
+    first, *later = asked.stages[len(counts) - 1 :]
+    left = first.max_new_tokens - counts[-1]
+    if left < 1:
+        raise invalid("resume_ids", f"must be fewer than max_tokens ({asked.max_new_tokens})", f"{len(done)} ids")
+    due = list(due_times(asked.stages, [*counts[:-1], counts[-1] + 1], 0.0))[-1]
+    slo = Slo(due, first.slo.tpot) if first.slo else None
+    rest = replace(asked, prompt_tokens=asked.prompt_tokens + len(done), stages=(Stage(left, slo), *later))
+    times = tuple(asked.arrived_at + float(ms) / 1000 for ms in values["resume_times_ms"])
+    if not all(map(math.isfinite, times)):
+        raise invalid("resume_times_ms", "every time must be a finite number of milliseconds", times)
+    return rest, Resumed(asked, times, tuple(counts))
 
 
 assert set(SAMPLING_FIELDS) <= set(CANONICAL)

@@ -31,6 +31,8 @@ from slos_serve.scheduler.engine import Planner
 from . import trtllm_api
 from .config import EngineConfig
 from .generation import Generation, SamplingParams
+from .herald import Meter
+from .loading import weights_fingerprint
 from .profiling import Profile, Sample, fit_samples
 from .roster import Roster
 from .sessions import Sessions
@@ -152,6 +154,11 @@ class TrtllmBuilt:
     gpu: str
     mode: Mode
     install: Callable[[Mode, Any, Tickets, Callable[[], Planner] | None], Pilot | None]
+    fingerprint: str
+
+    @property
+    def think_end_id(self) -> int | None:
+        return self.stage_end
 
     @property
     def max_context(self) -> int:
@@ -171,8 +178,9 @@ class TrtllmBuilt:
         roster: Roster,
         sessions: Sessions,
         failed: Callable[[BaseException], None],
-    ) -> TrtllmWorker:
-        """The worker, with the planner in the engine's scheduler where the checks allowed it."""
+    ) -> tuple[TrtllmWorker, Meter]:
+        """The worker, with the planner in the engine's scheduler where the checks allowed it; what reads its load."""
+        meter = Meter(self.capabilities, self.perf.seconds)
         tickets = Tickets()
         pilots: list[Pilot] = []
 
@@ -181,14 +189,15 @@ class TrtllmBuilt:
 
         gate = Gate(self.perf, self.most_active, self.prefill_seconds, lambda: mode() is Mode.GOVERNOR)
         worker = TrtllmWorker(
-            self.front, gate, tickets, lambda: mode().value, voice, observer, roster, sessions, failed, self.stage_end
-        )
+            self.front, gate, tickets, lambda: mode().value, voice, observer, roster, sessions, failed, meter,
+            self.stage_end,
+        )  # fmt: skip
         pilot = self.install(self.mode, worker, tickets, None)
         if pilot is not None:
             pilots.append(pilot)
         for reason in self.findings.reasons:
             observer.counted("refused", reason.partition(":")[0])
-        return worker
+        return worker, meter
 
 
 def build(config: EngineConfig, version_dir: Path) -> TrtllmBuilt:
@@ -248,6 +257,7 @@ def _build(
         gpu=_gpu_name(),
         mode=mode,
         install=partial(put, perf=perf),
+        fingerprint=weights_fingerprint(folder, config.dtype),
     )  # fmt: skip
 
 

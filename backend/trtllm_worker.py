@@ -23,17 +23,19 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from slos_serve.scheduler.core import Advance, Decision, Plan, RequestId, Snapshot, StepReport
 
+from . import tickets
 from .generation import Generation
-from .receipt import Ledger
+from .receipt import Ledger, ledger_of
 from .refusal import Refusal
 from .responder import Reply
 from .roster import Roster
 from .sessions import Round, Sessions
 from .trtllm_gate import Gate
 from .trtllm_pilot import Ticket
-from .worker import BEAT_SECONDS, Observer, Voice
+from .worker import BEAT_SECONDS, TICKET_SECONDS, Observer, Voice
 
 if TYPE_CHECKING:
+    from .herald import Meter
     from .translate import Submission
 
 log = logging.getLogger(__name__)
@@ -115,26 +117,29 @@ class TrtllmWorker:
         self,
         front: Front,
         gate: Gate,
-        tickets: Tickets,
+        told: Tickets,
         mode: Callable[[], str],
         voice: Voice,
         observer: EngineMetrics,
         roster: Roster,
         sessions: Sessions,
         failed: Callable[[BaseException], None],
+        meter: Meter,
         stage_end: int | None = None,
     ) -> None:
         """`mode` is the pilot's; `failed` is called last of all when the engine died."""
         self._front = front
         self._gate = gate
-        self._tickets = tickets
+        self._told_tickets = told
         self._mode = mode
         self._voice = voice
         self._observer = observer
         self._roster = roster
         self._sessions = sessions
         self._failed = failed
+        self._meter = meter
         self._stage_end = stage_end
+        self.tickets = tickets.Tickets(TICKET_SECONDS)
         self._jobs: dict[RequestId, _Job] = {}
         self._ids: dict[int, RequestId] = {}
         self._entry = threading.Lock()  # makes "refuse from now on" and "hand over" exclude each other
@@ -162,6 +167,11 @@ class TrtllmWorker:
         """Forget a request; nothing happens when it has ended."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._drop, reply)
+
+    def cancel_id(self, request_id: str) -> None:
+        """The same by id, for a caller who cannot hang up; nothing happens when there is none such."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._drop_id, request_id)
 
     def close(self, drain: float) -> None:
         """Refuse what comes, give what is in flight `drain` seconds to end, then answer it UNAVAILABLE."""
@@ -215,6 +225,7 @@ class TrtllmWorker:
                 raise RuntimeError("TensorRT-LLM's event loop has ended")
             self._observer.in_mode(self._mode())
             self._observer.turned(self._seen())
+            self._meter.read(self._seen(), (job.ledger for job in self._jobs.values()))
             self._turn()
             await asyncio.sleep(BEAT_SECONDS)
 
@@ -246,8 +257,11 @@ class TrtllmWorker:
     def _add(self, reply: Reply) -> None:
         request = reply.submission.request
         self._voice.open(reply)
-        job = _Job(reply, Ledger(request), stage_left=request.stages[0].max_new_tokens)
+        job = _Job(reply, ledger_of(reply.submission), stage_left=request.stages[0].max_new_tokens)
         self._jobs[request.id] = job
+        if reply.is_offer:
+            # The engine's own thread decides later whether to promise: an offer is taken, with or without one.
+            self._voice.accepted(reply, self.tickets.issue(reply), tickets.Parked(TICKET_SECONDS))
         if self._closed:
             self._end(job, "unavailable")
             self._voice.fail(reply, Refusal("UNAVAILABLE", self._closed))
@@ -262,6 +276,10 @@ class TrtllmWorker:
             self._end(job, "cancelled")
             self._voice.finish(reply, (), "cancelled", job.ledger.receipt())
             self._turn()
+
+    def _drop_id(self, request_id: str) -> None:
+        if request_id in self._jobs:
+            self._drop(self._jobs[request_id].reply)
 
     def _turn(self) -> None:
         """Let the gate move, and do what it says."""
@@ -281,7 +299,7 @@ class TrtllmWorker:
         generation, request = job.submission.generation, job.submission.request
         ticket = Ticket(request, self._stage_end if len(request.stages) > 1 else None)
         try:
-            job.handle = self._front.generate(generation, job.output_ids, self._tickets, ticket)
+            job.handle = self._front.generate(generation, job.output_ids, self._told_tickets, ticket)
         except ValueError as error:
             self._end(job, "refused")
             self._voice.fail(job.reply, Refusal("INVALID_ARGUMENT", str(error)))
@@ -372,4 +390,4 @@ class TrtllmWorker:
         """Stop a generation in the engine; one that has ended does not mind."""
         self._ids.pop(handle.client_id, None)
         handle.abort()
-        self._tickets.pop(handle.client_id, None)
+        self._told_tickets.pop(handle.client_id, None)

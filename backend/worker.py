@@ -19,22 +19,25 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from slos_serve.scheduler.core import Plan, Snapshot, StepReport
+from slos_serve.scheduler.core import Chunks, Plan, Snapshot, StepReport
 from slos_serve.scheduler.engine import Engine, Planner
 
 from .generation import Generation, Output
-from .receipt import Ledger
+from .receipt import Ledger, ledger_of
 from .refusal import Refusal
 from .responder import Reply
 from .roster import Roster
 from .sessions import Round, Sessions
+from .tickets import Parked, Tickets
 
 if TYPE_CHECKING:
+    from .herald import Meter
     from .translate import Submission
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS: Final = 0.2
+BEAT_SECONDS: Final = 0.1
+TICKET_SECONDS: Final = 2.0
 
 
 class ServingEngine(Engine, Protocol):
@@ -57,6 +60,7 @@ class Voice(Protocol):
     def tokens(self, reply: Reply, ids: Sequence[int]) -> None: ...
     def finish(self, reply: Reply, ids: Sequence[int], reason: str, receipt: Mapping[str, Any]) -> None: ...
     def fail(self, reply: Reply, refusal: Refusal) -> None: ...
+    def accepted(self, reply: Reply, ticket: str, parked: Parked) -> None: ...
 
 
 class Observer(Protocol):
@@ -74,6 +78,7 @@ class Job:
     reply: Reply
     ledger: Ledger
     output_ids: list[int]
+    is_settled: bool = False  # taken on for good: it can no longer be declined
 
     @property
     def submission(self) -> Submission:
@@ -83,6 +88,11 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class _Cancel:
     reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class _CancelId:
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +112,12 @@ class Worker:
         roster: Roster,
         sessions: Sessions,
         failed: Callable[[BaseException], None],
+        meter: Meter | None = None,
     ) -> None:
-        """`failed` is called on the engine thread, last of all, when the engine or the scheduler raised."""
+        """`failed` is called on the engine thread, last of all, when the engine or the scheduler raised.
+
+        With a `meter` the load is read at every beat, and what is declined gets a prediction.
+        """
         self._scheduler = scheduler
         self._engine = engine
         self._voice = voice
@@ -111,7 +125,9 @@ class Worker:
         self._roster = roster
         self._sessions = sessions
         self._failed = failed
-        self._inbox: SimpleQueue[Reply | _Cancel | _Stop] = SimpleQueue()
+        self._meter = meter
+        self.tickets = Tickets(TICKET_SECONDS)
+        self._inbox: SimpleQueue[Reply | _Cancel | _CancelId | _Stop] = SimpleQueue()
         self._jobs: dict[str, Job] = {}
         self._gate = threading.Lock()  # makes "refuse from now on" and "put in the inbox" exclude each other
         self._closed = ""  # why nothing more is accepted
@@ -134,6 +150,10 @@ class Worker:
     def cancel(self, reply: Reply) -> None:
         """Forget a request within one iteration; nothing happens when it has ended."""
         self._inbox.put(_Cancel(reply))
+
+    def cancel_id(self, request_id: str) -> None:
+        """The same by id, for a caller who cannot hang up; nothing happens when there is none such."""
+        self._inbox.put(_CancelId(request_id))
 
     def close(self, drain: float) -> None:
         """Refuse what comes, give what is in flight `drain` seconds to end, then answer it UNAVAILABLE."""
@@ -175,17 +195,26 @@ class Worker:
                     self._add(message)
                 elif isinstance(message, _Cancel):
                     self._drop(message.reply)
+                elif isinstance(message, _CancelId):
+                    if message.request_id in self._jobs:
+                        self._drop(self._jobs[message.request_id].reply)
                 else:
                     self._end_all(Refusal("UNAVAILABLE", self._closed))
                     return False
             now = time.monotonic()
             if now >= self._beat_at:
                 self._beat_at = now + BEAT_SECONDS
-                self._observer.turned(self._scheduler.snapshot())
+                self._beat()
             if now >= self._idle_until:
                 return True
 
-    def _waiting(self) -> Iterator[Reply | _Cancel | _Stop]:
+    def _beat(self) -> None:
+        snapshot = self._scheduler.snapshot()
+        self._observer.turned(snapshot)
+        if self._meter is not None:
+            self._meter.read(snapshot, (job.ledger for job in self._jobs.values()))
+
+    def _waiting(self) -> Iterator[Reply | _Cancel | _CancelId | _Stop]:
         """The messages in the inbox; while idle, waits for the first one, but no longer than a heartbeat."""
         idle = min(self._idle_until - time.monotonic(), BEAT_SECONDS)
         try:
@@ -197,7 +226,7 @@ class Worker:
 
     def _job(self, reply: Reply) -> Job:
         self._voice.open(reply)
-        return Job(reply, Ledger(reply.submission.request), [])
+        return Job(reply, ledger_of(reply.submission), [])
 
     def _add(self, reply: Reply) -> None:
         job = self._job(reply)
@@ -224,9 +253,16 @@ class Worker:
         started = time.monotonic()
         plan = self._scheduler.plan(started)
         planned = time.monotonic()
+        declined = []
         for decision in plan.decisions:
-            self._jobs[decision.request_id].ledger.decide(decision)
-        if not plan.chunks and not plan.evicted:
+            job = self._jobs[decision.request_id]
+            job.ledger.decide(decision)
+            if not job.is_settled and not self._settle(job):
+                declined.append(job)
+        is_idle = not plan.chunks and not plan.evicted
+        if declined:
+            plan = self._without(plan, declined)
+        if is_idle:
             # With requests in flight, ask again soon whatever the plan says: nobody may wait for ever.
             self._idle_until = min(plan.wake_at, planned + BEAT_SECONDS) if self._jobs else math.inf
             return
@@ -240,11 +276,47 @@ class Worker:
         self._observer.stepped(plan, report, planned - started, drafted)
         self._deliver(report)
 
+    def _settle(self, job: Job) -> bool:
+        """The first verdict on a request: False where it may be declined and cannot be promised."""
+        if job.submission.may_decline and not job.ledger.admitted and not job.ledger.request.is_best_effort:
+            return False
+        self._take_on(job)
+        return True
+
+    def _take_on(self, job: Job) -> None:
+        """From now on it will be served; one that was offered is answered with a ticket."""
+        job.is_settled = True
+        if job.reply.is_offer:
+            parked = Parked(self.tickets.seconds)
+            self._voice.accepted(job.reply, self.tickets.issue(job.reply), parked)
+
+    def _without(self, plan: Plan, declined: Sequence[Job]) -> Plan:
+        """Decline these, and the plan without them."""
+        gone = {job.ledger.request.id for job in declined}
+        for job in declined:
+            receipt = job.ledger.receipt()
+            if self._meter is not None:
+                expected = self._meter.predicted_ttft(job.submission.request.prompt_tokens)
+                receipt["predicted_ttft_ms"] = round(min(expected, 1e6) * 1000, 3)
+            self._scheduler.cancel(job.ledger.request.id)
+            self._engine.release(job.ledger.request.id)
+            self._remove(job, "declined")
+            self._voice.finish(job.reply, (), "declined", receipt)
+        kept = [index for index, chunk in enumerate(plan.chunks) if chunk.request_id not in gone]
+        chunks = plan.chunks
+        if isinstance(chunks, Chunks):
+            chunks = Chunks(tuple(chunks.ids[index] for index in kept), chunks.numbers[kept])
+        else:
+            chunks = tuple(chunks[index] for index in kept)
+        return replace(plan, chunks=chunks, evicted=tuple(name for name in plan.evicted if name not in gone))
+
     def _deliver(self, report: StepReport) -> None:
         for advance in report.advances:
             job = self._jobs[advance.request_id]
-            if advance.new_tokens and not job.ledger.token_times:
+            if advance.new_tokens and not job.output_ids:
                 self._roster.prefilled(advance.request_id)
+                if not job.is_settled:  # a policy that gives no verdict before the first token
+                    self._take_on(job)
             job.ledger.advance(advance, report.finished_at)
         for output in self._engine.outputs:
             job = self._jobs[output.request_id]
@@ -263,8 +335,10 @@ class Worker:
     def _remember(self, job: Job) -> None:
         session, prompt = job.ledger.request.session, job.submission.prompt
         if session is not None and prompt is not None:
-            ids = job.submission.generation.token_ids
-            self._sessions.remember(session, Round(prompt, tuple(ids), tuple(job.output_ids)))
+            generation = job.submission.generation
+            asked = len(generation.token_ids) - generation.resumed
+            ids = (*generation.token_ids, *job.output_ids)
+            self._sessions.remember(session, Round(prompt, ids[:asked], ids[asked:]))
 
     def _remove(self, job: Job, outcome: str) -> None:
         """Before the last response is queued: a caller that has it may use the request id again."""

@@ -97,12 +97,24 @@ class SlosClient:
         at once for an unknown field or a value that does not fit its type.
         """
         assembly = Assembly()
-        inputs = _tensors(request_fields(prompt, fields))
+        inputs = input_tensors(request_fields(prompt, fields))
         return Stream(self._run(inputs, request_id, timeout, assembly), assembly)
 
     async def _run(
         self, inputs: list[triton.InferInput], request_id: str, timeout: float | None, assembly: Assembly
     ) -> AsyncGenerator[Delta, None]:
+        async for message, at in self.responses(inputs, request_id, timeout, Running()):
+            yield read_delta(assembly, message, at)
+        assembly.result()  # an end without a last response is an error
+
+    async def responses(
+        self, inputs: list[triton.InferInput], request_id: str, timeout: float | None, running: Running
+    ) -> AsyncGenerator[tuple[Any, float], None]:
+        """Send one request and read its responses, each with its time. Raises Refused or Lost.
+
+        `running` tells when the server was heard last, and interrupts from outside.
+        """
+
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {
                 "model_name": self._model,
@@ -112,19 +124,47 @@ class SlosClient:
             }
 
         call = self._triton.stream_infer(requests(), stream_timeout=timeout)
+        running.begin(call)
         try:
             async for response, error in call:
-                at = time.monotonic()
+                at = running.heard_at = time.monotonic()
+                if running.interrupted:
+                    raise Lost(running.interrupted)  # a late word of a server that was given up
                 if error is not None:
                     raise refused(error.message())
                 message = response.get_response()
                 if message.outputs:
-                    yield _delta(assembly, message, at)
+                    yield message, at
         except grpc.RpcError as error:
-            raise Lost(f"{error.code().name}: {error.details()}") from error
+            raise Lost(running.interrupted or f"{error.code().name}: {error.details()}") from error
+        except asyncio.CancelledError:
+            if not running.interrupted:
+                raise
+            raise Lost(running.interrupted) from None
         finally:
             call.cancel()
-        assembly.result()  # an end without a last response is an error
+        if running.interrupted:
+            raise Lost(running.interrupted)
+
+
+class Running:
+    """One request on its way to one server."""
+
+    def __init__(self) -> None:
+        self.heard_at = time.monotonic()
+        self.interrupted = ""
+        self._call: Any = None
+
+    def begin(self, call: Any) -> None:
+        self._call = call
+        self.heard_at = time.monotonic()
+
+    def interrupt(self, reason: str) -> None:
+        """Give this server up: whoever reads gets Lost, and nothing more of what it says."""
+        if not self.interrupted:
+            self.interrupted = reason
+            if self._call is not None:
+                self._call.cancel()
 
 
 def request_fields(prompt: str | Sequence[int], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +173,7 @@ def request_fields(prompt: str | Sequence[int], fields: Mapping[str, Any]) -> di
     return {**given, "stream": True, "return_token_ids": True, **fields}
 
 
-def _tensors(fields: Mapping[str, Any]) -> list[triton.InferInput]:
+def input_tensors(fields: Mapping[str, Any]) -> list[triton.InferInput]:
     tensors = []
     for name, array in wire.encode(fields).items():
         tensor = triton.InferInput(name, array.shape, wire.INPUT_BY_NAME[name].dtype)
@@ -142,7 +182,7 @@ def _tensors(fields: Mapping[str, Any]) -> list[triton.InferInput]:
     return tensors
 
 
-def _delta(assembly: Assembly, response: Any, at: float) -> Delta:
+def read_delta(assembly: Assembly, response: Any, at: float) -> Delta:
     """Read the tensors as they lie in the message: this runs for every token, and `as_numpy` doubles its cost."""
     raw = {output.name: data for output, data in zip(response.outputs, response.raw_output_contents, strict=True)}
     if "token_index" not in raw:

@@ -50,7 +50,7 @@ _RETRY: Final = re.compile(r"retry_after_ms=(\d+)")
 
 def refused(text: str) -> Refused:
     """The typed error of a server's error text, `CODE[ retry_after_ms=N]: message`."""
-    found = _REFUSAL.match(text)
+    found = _REFUSAL.search(text)  # an ensemble puts its name before it
     if found is None:
         return Refused("UNKNOWN", text)
     code, details, message = found.groups()

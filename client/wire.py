@@ -77,14 +77,23 @@ INPUTS: Final[tuple[Field, ...]] = (
     _f("slo_thinking_tpot_ms", "FP32", "time per thinking token, in place of the class's"),
     _f("thinking_tokens", "INT32", "thinking budget: tokens before the answer that keep the thinking pace"),
     _f("session_id", "BYTES", "chains tool rounds: the next prompt continues this one's tokens and KV"),
+    _f("may_decline", "BOOL", "end at once with finish_reason declined where the SLO cannot be promised here"),
+    _f("elapsed_ms", "FP32", "how long ago the request arrived at the service; deadlines count from then"),
+    _f("resume_ids", "INT32", "tokens that another instance has delivered: generation goes on after them", many=True),
+    _f("resume_times_ms", "FP32", "when each of them was delivered, from the arrival", many=True),
+    _f("coalesce_ms", "FP32", "tokens after the first are held so long, to be sent together; 0 is the default"),
+    _f("control", "BYTES", "stop (the request with this id), watch, offer, or place; see control_output"),
+    _f("ticket", "BYTES", "claims the stream of a request that was offered to this instance"),
 )
+CONTROLS: Final = ("stop", "watch", "offer", "place")
 
 OUTPUTS: Final[tuple[Field, ...]] = (
     _f("text_output", "BYTES", "new text since the last response (stream) or all of it"),
     _f("output_ids", "INT32", "the token ids of this response, when asked for", many=True),
     _f("token_index", "INT32", "tokens sent so far, this response included: a gap means a lost event"),
-    _f("finish_reason", "BYTES", "in the last response: stop, length or cancelled"),
+    _f("finish_reason", "BYTES", "in the last response: stop, length, cancelled or declined"),
     _f("receipt", "BYTES", "in the last response: JSON, what was promised and what was kept"),
+    _f("control_output", "BYTES", "JSON, what a control request asked for: a load, a ticket, or a place"),
 )
 
 INPUT_BY_NAME: Final[Mapping[str, Field]] = {field.name: field for field in INPUTS}
@@ -141,3 +150,11 @@ def text(array: Array | None) -> str:
         return ""
     item = array.reshape(-1)[0]
     return item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item)
+
+
+def serialize(array: Array) -> bytes:
+    """The raw bytes of a tensor as gRPC carries them; before each BYTES element stands its length."""
+    if array.dtype != np.object_:
+        return array.tobytes()
+    items = [item if isinstance(item, bytes) else str(item).encode() for item in array.reshape(-1).tolist()]
+    return b"".join(len(item).to_bytes(4, "little") + item for item in items)

@@ -8,7 +8,9 @@ in exactly one `Record`; what is still open at the end of the time allowed is re
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -126,19 +128,29 @@ def fields(arrival: Arrival) -> dict[str, Any]:
 
 
 async def play(
-    ready: Sequence[Shot], *, grace: float, on_tick: Callable[[Ledger, float], None], tick: float = 0.5
+    ready: Sequence[Shot],
+    *,
+    grace: float,
+    on_tick: Callable[[Ledger, float], None],
+    tick: float = 0.5,
+    enough: asyncio.Event | None = None,
 ) -> Ledger:
     """Send every request when it is due and wait at most `grace` seconds after the last for the ends.
 
     `on_tick` is called every `tick` seconds with the ledger so far and the seconds since the start.
-    Rounds after one that was not done are never sent.
+    Rounds after one that was not done are never sent. Once `enough` is set no new session or single request
+    is sent, and the ends are waited for as after the last.
     """
     ledger = Ledger()
     start = time.monotonic()
-    sending = asyncio.create_task(_send(_chains(ready), start, ledger))
+    enough = enough or asyncio.Event()
+    sending = asyncio.create_task(_send(_chains(ready), start, ledger, enough))
     stop_at = start + max((shot.arrival.at for shot in ready), default=0.0) + grace
     try:
         while not sending.done() and time.monotonic() < stop_at:
+            if enough.is_set():
+                stop_at = min(stop_at, time.monotonic() + grace)
+                grace = math.inf
             await asyncio.wait([sending], timeout=tick)
             on_tick(ledger, time.monotonic() - start)
     finally:
@@ -158,11 +170,15 @@ def _chains(ready: Sequence[Shot]) -> list[list[Shot]]:
     return sorted(ordered, key=lambda chain: chain[0].arrival.at)
 
 
-async def _send(chains: Iterable[list[Shot]], start: float, ledger: Ledger) -> None:
+async def _send(chains: Iterable[list[Shot]], start: float, ledger: Ledger, enough: asyncio.Event) -> None:
     running = []
     try:
         for chain in chains:
-            await _sleep_until(start + chain[0].arrival.at)
+            with contextlib.suppress(asyncio.TimeoutError):
+                due = start + chain[0].arrival.at - time.monotonic()
+                await asyncio.wait_for(enough.wait(), due) if due > 0 else await asyncio.sleep(0)
+            if enough.is_set():
+                break
             running.append(asyncio.create_task(_run_chain(chain, start, ledger)))
         await asyncio.gather(*running)
     finally:

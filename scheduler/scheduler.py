@@ -39,7 +39,7 @@ from .core import (
     Snapshot,
     StepReport,
 )
-from .perf import PerfModel
+from .perf import BatchShape, PerfModel
 from .policies import Policy, SloServe, decide, loop_of
 from .table import BEST_EFFORT, PROMISED, PROVISIONAL, Table
 
@@ -250,6 +250,14 @@ class Scheduler:
     def acceptance(self) -> Mapping[str, float]:
         """Share of guesses accepted lately, by class."""
         return {name: float(self.classes[number, lengths.ACCEPTANCE]) for name, number in self._class_of.items()}
+
+    def batch_seconds(self, shape: BatchShape) -> float:
+        """Seconds of a batch, as corrected by what was observed so far."""
+        return float(
+            timemodel.batch_seconds(
+                self.model, shape.tokens, shape.decode_context, shape.prefill_area, float(shape.draft_steps)
+            )
+        )
 
     def room_for(self, size: int) -> tuple[Ints, Ints, Ints]:
         """Buffers for a step over `size` requests: `batch`, `evicted` and `counts` of `decide`."""

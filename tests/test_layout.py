@@ -26,6 +26,7 @@ ALLOWED = {
     "backend": {
         *(f"{OURS}.scheduler", f"{OURS}.client.wire"),
         *("numpy", "torch", "transformers", "tokenizers", "safetensors", "triton_python_backend_utils", "tensorrt_llm"),
+        *("grpc", "tritonclient"),
     },
     "loadtest": {*(f"{OURS}.scheduler", f"{OURS}.client"), *("numpy", "locust", "gevent", "matplotlib")},
 }

@@ -74,7 +74,7 @@ class Replica:
         self.translator = Translator(
             built.codec, limits, config.classes, "chatbot", built.prefill_seconds, self.sessions
         )
-        self.worker = built.worker(self.responder, self.metrics, roster, self.sessions, self._failed)
+        self.worker, _ = built.worker(self.responder, self.metrics, roster, self.sessions, self._failed)
         self.metrics.start()
         self.responder.start(gone=self.worker.cancel)
         self.worker.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,19 +13,22 @@ from callers import PATIENCE, Caller
 
 from slos_serve.backend.config import DEFAULT_CLASSES
 from slos_serve.backend.generation import Generation, Output
+from slos_serve.backend.herald import Herald, Meter
 from slos_serve.backend.metrics import Metrics, Numbers
 from slos_serve.backend.refusal import Refusal
 from slos_serve.backend.responder import Reply, Responder
 from slos_serve.backend.roster import Roster
 from slos_serve.backend.sessions import Sessions
 from slos_serve.backend.tokenizer import Tokenizer
-from slos_serve.backend.translate import Limits, Translator
+from slos_serve.backend.translate import Limits, Submission, Translator
 from slos_serve.backend.worker import Worker
 from slos_serve.client import wire
-from slos_serve.scheduler import Advance, Capabilities, PerfModel, Piece, Plan, Scheduler, StepReport
+from slos_serve.scheduler import Advance, Capabilities, PerfModel, Piece, Plan, Scheduler, Slo, Stage, StepReport
+from slos_serve.scheduler.dispatch import Load
 
 CONTEXT = 256
 END = 0
+THINK_END = 77
 PERF = PerfModel((Piece(0.0005, 0.00001),))
 
 
@@ -86,12 +90,14 @@ class Bench:
         self.metrics = Metrics(self.numbers.append)
         self.responder = Responder(2)
         self.roster = Roster(max_requests, max_tokens, lambda tokens: tokens / 100)
-        limits = Limits(CONTEXT, codec.vocab_size, 32)
+        limits = Limits(CONTEXT, codec.vocab_size, 32, THINK_END)
+        self.meter = Meter(self.engine.capabilities, PERF.seconds)
         self.translator = Translator(codec, limits, DEFAULT_CLASSES, "chatbot", lambda tokens: 0.1, self.sessions)
         self.scheduler = Scheduler(self.engine.capabilities, PERF)
         self.worker = Worker(
-            self.scheduler, self.engine, self.responder, self.metrics, self.roster, self.sessions, self._failed
-        )
+            self.scheduler, self.engine, self.responder, self.metrics, self.roster, self.sessions, self._failed,
+            self.meter,
+        )  # fmt: skip
 
     def _failed(self, error: BaseException) -> None:
         self.failure = error
@@ -101,10 +107,12 @@ class Bench:
         self.responder.start(gone=self.worker.cancel)
         self.worker.start()
 
-    def send(self, request_id: str = "r", **fields: Any) -> Caller:
+    def submission(self, request_id: str = "r", **fields: Any) -> Submission:
+        return self.translator.submission(request_id, wire.encode(fields), {}, time.monotonic())
+
+    def send(self, request_id: str = "r", *, is_offer: bool = False, **fields: Any) -> Caller:
         caller = Caller()
-        submission = self.translator.submission(request_id, wire.encode(fields), {}, time.monotonic())
-        self.worker.submit(Reply(submission, caller))
+        self.worker.submit(Reply(self.submission(request_id, **fields), caller, is_offer=is_offer))
         return caller
 
     def close(self, drain: float = 0.0) -> None:
@@ -360,3 +368,189 @@ def test_random_traffic_is_answered_exactly_once(bench: Callable[..., Bench]) ->
     assert one.failure is None
     assert set(refused) <= {"OVERLOADED"}
     assert len(refused) + len(ends) == 400
+
+
+# What a router sees of an instance.
+
+
+@pytest.fixture
+def instance(bench: Callable[..., Bench]) -> Bench:
+    return bench(pace=0.002)
+
+
+def ids(caller: Caller) -> list[int]:
+    return [token for response in caller.responses for token in response.get("output_ids", [])]
+
+
+def control(caller: Caller) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(caller.responses[-1]["control_output"][0])
+    return answer
+
+
+ASKED: dict[str, Any] = {
+    "input_ids": [5, 6, 7], "max_tokens": 30, "stream": True, "return_token_ids": True,
+    "slo_ttft_ms": 5000.0, "slo_tpot_ms": 500.0,
+}  # fmt: skip
+HOPELESS: dict[str, Any] = {**ASKED, "slo_ttft_ms": 0.1}
+
+
+def test_what_cannot_be_promised_is_declined_with_a_prediction(instance: Bench) -> None:
+    """At once, without a token; its id is free again, and without `may_decline` it is served best effort."""
+    caller = instance.send(**HOPELESS, may_decline=True).wait()
+    assert (caller.finish_reason, ids(caller)) == ("declined", [])
+    assert 0 < caller.receipt["predicted_ttft_ms"] < 1000
+    assert "best effort" in caller.receipt["reason"]
+    assert instance.send(**HOPELESS).wait().finish_reason == "length"
+    assert instance.send("other", **ASKED, may_decline=True).wait().receipt["admitted"] is True
+
+
+def test_others_run_on_while_one_is_declined(instance: Bench) -> None:
+    """A decline between two iterations takes nothing from the batch it might have been in."""
+    running = [instance.send(f"run-{i}", **ASKED) for i in range(4)]
+    declined = [instance.send(f"no-{i}", **HOPELESS, may_decline=True) for i in range(8)]
+    assert {caller.wait().finish_reason for caller in declined} == {"declined"}
+    assert all(ids(caller.wait()) == list(range(8, 38)) for caller in running)
+
+
+def test_best_effort_is_never_declined(instance: Bench) -> None:
+    """It was promised nothing, so nothing is broken."""
+    caller = instance.send(input_ids=[5], max_tokens=3, slo_class="best_effort", may_decline=True).wait()
+    assert caller.finish_reason == "length"
+
+
+def test_an_accepted_offer_runs_at_once_and_is_claimed_with_its_ticket(instance: Bench) -> None:
+    """The offerer gets a ticket; whoever brings it gets every token from the first on, once."""
+    offerer = instance.send(is_offer=True, may_decline=True, **ASKED).wait()
+    ticket = control(offerer)["ticket"]
+    until(lambda: instance.engine.steps > 10)
+    claimer = Caller()
+    instance.responder.claim(instance.worker.tickets.take(ticket), claimer)
+    assert ids(claimer.wait()) == list(range(8, 38))
+    assert claimer.receipt["admitted"] is True
+    with pytest.raises(Refusal, match="UNAVAILABLE: ticket"):
+        instance.worker.tickets.take(ticket)
+
+
+def test_an_offer_that_cannot_be_promised_is_declined_without_a_ticket(instance: Bench) -> None:
+    """The offerer learns it in the same way."""
+    assert instance.send(is_offer=True, may_decline=True, **HOPELESS).wait().finish_reason == "declined"
+
+
+def test_an_offer_that_nobody_claims_ends(instance: Bench) -> None:
+    """Its request is cancelled when the ticket expires, and the ticket is worth nothing then."""
+    instance.worker.tickets.seconds = 0.05
+    endless = {**ASKED, "max_tokens": 200}
+    ticket = control(instance.send(is_offer=True, **endless).wait())["ticket"]
+    until(lambda: not instance.engine.live)
+    try:
+        instance.responder.claim(instance.worker.tickets.take(ticket), late := Caller())
+        refusal = late.wait().refusal
+    except Refusal as error:
+        refusal = error
+    assert refusal is not None
+    assert refusal.code == "UNAVAILABLE"
+
+
+def test_a_request_is_stopped_by_its_id(instance: Bench) -> None:
+    """For callers that cannot hang up; an unknown id is no error."""
+    caller = instance.send("mine", **{**ASKED, "max_tokens": 200})
+    until(lambda: bool(caller.responses))
+    instance.worker.cancel_id("nobody's")
+    instance.worker.cancel_id("mine")
+    assert caller.wait().finish_reason == "cancelled"
+
+
+def test_another_instance_goes_on_after_the_last_token(instance: Bench, codec: Tokenizer) -> None:
+    """The same tokens and text as without the break, counted on; the receipt tells the whole story."""
+    whole = instance.send("whole", **ASKED).wait()
+    times = [10.0 * i for i in range(12)]
+    rest = instance.send("rest", **ASKED, resume_ids=list(range(8, 20)), resume_times_ms=times, elapsed_ms=300.0).wait()
+    assert ids(rest) == ids(whole)[12:]
+    assert letters(codec, 8, 12) + rest.text == whole.text
+    assert rest.responses[0]["token_index"][0] >= 13
+    assert rest.responses[-1]["token_index"] == [30]
+    receipt = rest.receipt
+    assert (receipt["tokens"], receipt["resumed_tokens"], receipt["ttft_ms"]) == (30, 12, 0.0)
+    assert receipt["worst_gap_ms"] >= 150
+    assert receipt["attained"] is True
+
+
+def test_a_break_that_cost_the_deadline_shows_in_the_receipt(instance: Bench) -> None:
+    """Deadlines stay where they were: a token that comes after the break is late."""
+    tight = {**ASKED, "slo_ttft_ms": 100.0, "slo_tpot_ms": 20.0}
+    caller = instance.send(**tight, resume_ids=[8, 9], resume_times_ms=[50.0, 60.0], elapsed_ms=2000.0).wait()
+    assert caller.receipt["attained"] is False
+    assert len(ids(caller)) == 28
+
+
+def test_the_deadline_of_the_next_token_is_that_of_the_whole_request(instance: Bench) -> None:
+    """What is left is planned as a request whose first token is due when the next one was."""
+    asked = {**ASKED, "thinking_tokens": 10, "slo_thinking_tpot_ms": 40.0, "slo_ttft_ms": 100.0, "slo_tpot_ms": 80.0}
+    early = instance.submission(**asked, resume_ids=[8] * 4, resume_times_ms=[0.0] * 4)
+    first, answer = early.request.stages
+    assert (first.max_new_tokens, answer) == (6, Stage(20, Slo(0.1, 0.08)))
+    assert first.slo is not None
+    assert (first.slo.ttft, first.slo.tpot) == (pytest.approx(0.26), pytest.approx(0.04))
+    assert early.generation.stage_limits == (6, 20)
+    thought = instance.submission(**asked, resume_ids=[8, THINK_END, 9], resume_times_ms=[0.0] * 3)
+    (rest,) = thought.request.stages
+    assert rest.slo is not None
+    assert (rest.max_new_tokens, rest.slo.ttft) == (19, pytest.approx(0.3))
+    assert thought.resumed is not None
+    assert thought.resumed.stage_tokens == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"resume_ids": [8], "resume_times_ms": []}, "resume_times_ms"),
+        ({"resume_ids": [], "resume_times_ms": [1.0]}, "resume_times_ms"),
+        ({"resume_ids": [10**6], "resume_times_ms": [1.0]}, "resume_ids"),
+        ({"resume_ids": [8] * 30, "resume_times_ms": [1.0] * 30}, "resume_ids"),
+        ({"resume_ids": [8], "resume_times_ms": [float("nan")]}, "resume_times_ms"),
+        ({"elapsed_ms": -1.0}, "elapsed_ms"),
+        ({"coalesce_ms": float("inf")}, "coalesce_ms"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(instance: Bench, fields: dict[str, Any], named: str) -> None:
+    """By the field that is wrong."""
+    with pytest.raises(Refusal, match=f"INVALID_ARGUMENT: {named}: "):
+        instance.submission(**ASKED, **fields)
+
+
+def test_tokens_that_are_early_are_held_and_sent_together(instance: Bench) -> None:
+    """The first goes at once; the others come in fewer responses, all of them and in order."""
+    caller = instance.send(**{**ASKED, "max_tokens": 60}, coalesce_ms=40.0).wait()
+    assert ids(caller) == list(range(8, 68))
+    assert len(caller.responses[0]["output_ids"]) <= 2
+    assert len(caller.responses) < 20
+
+
+def test_tokens_that_are_due_are_not_held(instance: Bench) -> None:
+    """However long the caller would have them wait."""
+    tight = {**ASKED, "slo_ttft_ms": 1.0, "slo_tpot_ms": 0.5}
+    caller = instance.send(**tight, coalesce_ms=10_000.0).wait()
+    assert len(caller.responses) > 8
+
+
+def test_a_watcher_hears_loads_until_its_watch_is_over(instance: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads go on while the engine works, and closing ends the watch."""
+    monkeypatch.setattr("slos_serve.backend.herald.WATCH_SECONDS", 0.3)
+    herald = Herald(instance.meter, {"instance": "abc"})
+    herald.start()
+    instance.send(**{**ASKED, "max_tokens": 200})
+    herald.watch(first := Caller())
+    states = [json.loads(response["control_output"][0]) for response in first.wait().responses]
+    assert len(states) >= 3
+    assert all(state["instance"] == "abc" and not state["draining"] for state in states)
+    assert any(Load.from_json(state["load"]).requests > 0 for state in states)
+    assert all(0 <= state["engine_age"] < PATIENCE for state in states)
+    herald.watch(second := Caller())
+    herald.close()
+    assert json.loads(second.wait().responses[-1]["control_output"][0])["draining"] is True
+
+
+def test_a_load_is_plain_numbers(instance: Bench) -> None:
+    """numpy's own types do not survive JSON."""
+    assert all(value is None or isinstance(value, float) for value in instance.meter.load.to_json().values())
+    assert not isinstance(instance.meter.load.step, np.floating)

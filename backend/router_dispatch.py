@@ -1,0 +1,234 @@
+"""The life of a request at a router: choose an instance, offer, follow a decline, resume where one fails.
+
+    rank -> offer -> tokens ... -> receipt          all went well
+            declined -> the next, at most `max_hops`, then best effort where it harms least
+            lost     -> another, with the prompt and the tokens delivered; deadlines as they were
+            nobody   -> wait at most `wait_s`, then UNAVAILABLE
+
+Every call ends in exactly one final response. Keeps nothing that another router would need: sessions find their
+home by name, and what this router remembers of them only saves prefill time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from slos_serve.client.wire import encode
+from slos_serve.scheduler.dispatch import Ask, home
+
+from .refusal import Refusal, overloaded, parse_refusal
+from .router_call import Call, ask_of
+from .router_config import RouterConfig
+from .router_fleet import Instances, Member
+from .router_link import Answered, Broken, Exchange, request_message
+
+log = logging.getLogger(__name__)
+
+MAX_SESSIONS: Final = 20_000
+POLL_SECONDS: Final = 0.02
+LEARNING: Final = 0.05
+PROBABLY_CACHED: Final = 0.5  # share of a session's prompt assumed cached at its home by name
+# The instance is at fault, or going away: another may do better.
+_MOVABLE: Final = frozenset({"UNAVAILABLE", "INTERNAL"})
+
+
+class _Declined(Exception):
+    """The instance could not promise the SLO."""
+
+
+class _Lost(Exception):
+    """The instance failed while it had the request."""
+
+
+class Dispatcher:
+    """Serves calls, each as a task of one event loop."""
+
+    def __init__(self, config: RouterConfig, instances: Instances) -> None:
+        self._config = config
+        self._instances = instances
+        self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
+        self._chars_per_token = 3.0
+
+    async def serve(self, call: Call) -> None:
+        """Answer a call, whatever happens."""
+        try:
+            await self._serve(call)
+        except Refusal as refusal:
+            call.fail(refusal)
+        except asyncio.CancelledError:
+            call.abandon("stopped, or the time was over, and no instance said so", time.monotonic())
+        except Exception as error:
+            log.exception("request %s", call.id)
+            call.fail(Refusal("INTERNAL", f"router: {type(error).__name__}: {error}"))
+
+    async def stop(self, request_id: str) -> None:
+        """Tell every instance to stop a request: another router may have sent it there."""
+        message = request_message(self._config.model, request_id, encode({"control": "stop"}))
+
+        async def tell(member: Member) -> None:
+            try:
+                async for _ in member.link.send(message):
+                    pass
+            except (Broken, Answered) as error:
+                log.info("stop at %s: %s", member.address, error)
+
+        await asyncio.gather(*(tell(member) for member in self._instances.usable))
+
+    async def _serve(self, call: Call) -> None:
+        declined: set[str] = set()
+        full: dict[str, Refusal] = {}
+        waiting_since: float | None = None
+        while True:
+            choice = self._choose(call, declined, full)
+            if choice is None:
+                if full:  # those that are well are full
+                    raise min(full.values(), key=_retry_after)
+                waiting_since = waiting_since or time.monotonic()
+                await self._wait(call, waiting_since)
+                continue
+            member, ask, may_decline = choice
+            waiting_since = None
+            try:
+                await self._attempt(call, member, ask, may_decline)
+                return
+            except _Declined:
+                declined.add(member.address)
+                call.hops += 1
+            except Refusal as refusal:
+                if refusal.code != "OVERLOADED":
+                    raise
+                full[member.address] = refusal
+            except _Lost as error:
+                self._forget(call, member, str(error))
+
+    def _forget(self, call: Call, member: Member, cause: str) -> None:
+        """Another instance must take over. Raises Refusal when too many have failed under this request."""
+        log.warning("request %s: lost at %s after %d tokens: %s", call.id, member.address, len(call.ids), cause)
+        call.losses.append(f"{member.address}: {cause}")
+        if call.is_cancelled:
+            raise asyncio.CancelledError
+        if len(call.losses) >= self._config.max_losses:
+            raise Refusal("UNAVAILABLE", f"{len(call.losses)} instances failed: {'; '.join(call.losses)}")
+
+    async def _wait(self, call: Call, since: float) -> None:
+        """For an instance; raises Refusal when none came in time."""
+        now = time.monotonic()
+        if now >= call.deadline:
+            raise Refusal("CANCELLED", "timeout: it passed while no instance was available")
+        if now - since > self._config.wait_s:
+            raise Refusal("UNAVAILABLE", f"no instance for {self._config.wait_s:g} s: {self._instances.describe()}")
+        await asyncio.sleep(POLL_SECONDS)
+
+    def _choose(self, call: Call, declined: set[str], full: Mapping[str, Refusal]) -> tuple[Member, Ask, bool] | None:
+        """Where the request goes now, and whether it may be declined there; None where there is nobody."""
+        ask = self._ask(call)
+        candidates = self._instances.order(ask, declined | full.keys())
+        may_hop = math.isfinite(ask.ttft) and len(declined) < self._config.max_hops
+        if candidates and (may_hop or not declined):
+            return candidates[0], ask, may_hop and len(self._instances.usable) > 1
+        # Nobody promises it: as best effort it goes where the fewest promises are in its way.
+        left = self._instances.order(replace(ask, ttft=math.inf, tpot=math.inf), set(full))
+        return (left[0], ask, False) if left else None
+
+    def _ask(self, call: Call) -> Ask:
+        usable = self._instances.usable
+        facts = usable[0].facts if usable else {}
+        ask = ask_of(call, facts, self._chars_per_token, self._instances.per_token)
+        session = call.values.get("session_id")
+        if session is None or not usable:
+            return ask
+        known = self._sessions.get(session)
+        if known is not None and known[0] in self._instances.fleet.index:
+            return replace(ask, cached={known[0]: float(min(known[1], ask.prompt_tokens - 1))})
+        by_name = home(session, self._instances.fleet.names)
+        return replace(ask, cached={by_name: PROBABLY_CACHED * ask.prompt_tokens} if by_name else None)
+
+    async def _attempt(self, call: Call, member: Member, ask: Ask, may_decline: bool) -> None:
+        """Serve the call there. Raises _Declined, _Lost, or the Refusal of the instance."""
+        now = time.monotonic()
+        tensors = call.tensors(may_decline=may_decline, coalesce_ms=self._config.coalesce_ms, now=now)
+        left = call.deadline - now
+        timeout_us = max(1, int(left * 1e6)) if math.isfinite(left) else 0
+        predicted = self._instances.predicted(member, ask)
+        self._instances.fleet.sent(member.address, ask)
+        exchange = member.link.send(request_message(self._config.model, call.id, tensors, timeout_us))
+        member.exchanges.add(exchange)
+        try:
+            await self._relay(call, member, exchange, (now, predicted))
+        except Broken as error:
+            raise _Lost(str(error)) from error
+        except Answered as error:
+            refusal = parse_refusal(str(error))
+            if refusal is None or refusal.code in _MOVABLE or (refusal.code == "ALREADY_EXISTS" and call.losses):
+                await asyncio.sleep(POLL_SECONDS)
+                raise _Lost(str(error)) from error
+            raise refusal from error
+        finally:
+            member.exchanges.discard(exchange)
+            exchange.close()
+
+    async def _relay(self, call: Call, member: Member, exchange: Exchange, started: tuple[float, float]) -> None:
+        """Pass on what the instance says. Ends with its last response."""
+        is_first = True
+        async for response in exchange:
+            if "control_output" in response.raw:
+                self._placed(call, member, json.loads(response.text("control_output")))
+                return
+            ids, at = response.ids(), time.monotonic()
+            if response.token_index() != len(call.ids) + len(ids):
+                raise Broken(f"token_index: expected {len(call.ids) + len(ids)}, got {response.token_index()}")
+            if ids and is_first:
+                is_first = False
+                self._instances.fleet.observed(member.address, started[1], at - started[0])
+            reason = response.text("finish_reason")
+            if not reason:
+                call.push(ids, response.text("text_output"), at)
+                continue
+            receipt = json.loads(response.text("receipt"))
+            if reason == "declined":
+                raise _Declined
+            self._learn(call, member, receipt)
+            call.finish(ids, response.text("text_output"), reason, {**receipt, **self._story(call, member)}, at)
+            return
+        raise Broken("the stream ended without its last response")
+
+    def _placed(self, call: Call, member: Member, answer: Mapping[str, Any]) -> None:
+        """The instance runs it already; the client claims the stream there."""
+        session = call.values.get("session_id")
+        if session is not None:
+            self._remember(session, member.address, 0)
+        call.answer({"address": member.address, **answer, **self._story(call, member)})
+
+    def _story(self, call: Call, member: Member) -> dict[str, Any]:
+        return {"instance": member.address, "hops": call.hops, "losses": list(call.losses)}
+
+    def _learn(self, call: Call, member: Member, receipt: Mapping[str, Any]) -> None:
+        text, session = call.values.get("text_input"), call.values.get("session_id")
+        if text is not None and receipt.get("prompt_tokens"):
+            self._chars_per_token += LEARNING * (len(text) / receipt["prompt_tokens"] - self._chars_per_token)
+        if session is not None:
+            self._remember(session, member.address, receipt.get("prompt_tokens", 0) + len(call.ids))
+
+    def _remember(self, session: str, address: str, tokens: int) -> None:
+        self._sessions[session] = (address, tokens)
+        self._sessions.move_to_end(session)
+        if len(self._sessions) > MAX_SESSIONS:
+            self._sessions.popitem(last=False)
+
+
+def _retry_after(refusal: Refusal) -> float:
+    found = str(refusal).partition("retry_after_ms=")[2].partition(":")[0]
+    return float(found) if found.isdigit() else math.inf
+
+
+def too_many(limit: int) -> Refusal:
+    """The router itself is full."""
+    return overloaded(0.1, f"requests at this router: at most {limit}, got one more")

@@ -1,0 +1,247 @@
+"""The client of a service behind routers: it asks where to go, and streams straight from there.
+
+A router places the request at an instance, which runs it at once, and answers with the instance's address and a
+ticket; the tokens then come without a detour. Where that fails the request is placed again, with the tokens
+that came so far, and goes on after the last of them; where an instance cannot be reached from here, the router
+forwards. Any of the routers will do. Every request ends in exactly one way, as with `SlosClient`.
+
+    async with RoutedClient(["10.0.0.1:8001", "10.0.0.2:8001"]) as client:
+        result = await client.generate("def f(", max_tokens=50, slo_class="coding").drain()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from .client import DEFAULT_MODEL, Running, SlosClient, Stream, input_tensors, read_delta, request_fields
+from .stream import Assembly, Delta, Lost, Refused, StreamError
+
+ROUTER_MODEL: Final = "slos_router"
+SILENT_SECONDS: Final = 0.3  # then the routers are asked whether the instance is well
+WATCH_SECONDS: Final = 0.1
+UNREACHABLE_SECONDS: Final = 30.0  # how long an instance that could not be reached gets forwarded requests
+PAUSE_SECONDS: Final = 0.2
+# The server is at fault, or going away: another may do better. UNKNOWN is what Triton itself writes.
+_MOVABLE: Final = frozenset({"UNAVAILABLE", "INTERNAL", "UNKNOWN"})
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """One request and how it fares. `address` is the instance that it streams from; "" while forwarded."""
+
+    id: str
+    fields: Mapping[str, Any]
+    started_at: float
+    deadline: float | None
+    assembly: Assembly
+    address: str = ""
+    losses: list[str] = field(default_factory=list)
+    story: dict[str, Any] = field(default_factory=dict)
+    running: Running = field(default_factory=Running)
+
+    @property
+    def attempt_id(self) -> str:
+        """Another one for each try: what is left of the one before may still be running."""
+        return f"{self.id}~{len(self.losses)}" if self.losses else self.id
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that the caller still waits."""
+        return None if self.deadline is None else max(self.deadline - time.monotonic(), 0.001)
+
+    def inputs(self, **control: Any) -> list[Any]:
+        """What was asked, and what came of it so far."""
+        age = (time.monotonic() - self.started_at) * 1000
+        values = {**self.fields, **control, "elapsed_ms": age}
+        if self.assembly.token_ids:
+            values["resume_ids"] = list(self.assembly.token_ids)
+            values["resume_times_ms"] = [(at - self.started_at) * 1000 for at in self.assembly.token_times]
+        return input_tensors(values)
+
+
+class RoutedClient:
+    """Connections to some routers and to the instances behind them, for use in one event loop."""
+
+    def __init__(
+        self,
+        routers: Sequence[str],
+        *,
+        placement: bool = True,
+        model: str = DEFAULT_MODEL,
+        router_model: str = ROUTER_MODEL,
+        patience: float = 10.0,
+        max_losses: int = 6,
+    ) -> None:
+        """`routers` are HOST:PORT each. Without `placement` all goes through a router. A request is given up when
+        no router answers for `patience` seconds, or after `max_losses` servers failed under it."""
+        if not routers:
+            raise ValueError("routers: at least one address must be given")
+        self._routers = [SlosClient(address, router_model) for address in routers]
+        self._placement = placement
+        self._model = model
+        self._patience = patience
+        self._max_losses = max_losses
+        self._instances: dict[str, SlosClient] = {}
+        self._unreachable: dict[str, float] = {}
+        self._turn = itertools.cycle(range(len(routers)))
+        self._router = 0
+        self._requests: set[_Request] = set()
+        self._watchdog: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> RoutedClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close all connections; running streams end as lost."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+        for client in (*self._routers, *self._instances.values()):
+            await client.aclose()
+        self._instances.clear()
+
+    def generate(
+        self, prompt: str | Sequence[int], *, request_id: str = "", timeout: float | None = None, **fields: Any
+    ) -> Stream:
+        """As `SlosClient.generate`."""
+        now = time.monotonic()
+        assembly = Assembly()
+        request = _Request(
+            request_id or f"slos-{secrets.token_hex(8)}",
+            request_fields(prompt, fields),
+            now,
+            None if timeout is None else now + timeout,
+            assembly,
+        )
+        request.inputs()  # refuses what cannot be sent
+        return Stream(self._run(request), assembly)
+
+    async def _run(self, request: _Request) -> AsyncGenerator[Delta, None]:
+        """Until there is a result, or a refusal that no other server would take back."""
+        request.started_at = time.monotonic()
+        heard_of_router = time.monotonic()
+        if self._watchdog is None:
+            self._watchdog = asyncio.get_running_loop().create_task(self._watch())
+        self._requests.add(request)
+        try:
+            while True:
+                request.running = Running()
+                try:
+                    async for delta in self._attempt(request):
+                        heard_of_router = time.monotonic()
+                        yield delta
+                    self._tell_story(request)
+                    return
+                except StreamError as error:
+                    if isinstance(error, Refused) and error.code not in _MOVABLE:
+                        raise
+                    if request.address:
+                        heard_of_router = time.monotonic()
+                    self._check(request, error, heard_of_router)
+                    await asyncio.sleep(0 if request.address else PAUSE_SECONDS)
+        finally:
+            self._requests.discard(request)
+
+    def _check(self, request: _Request, error: StreamError, heard_of_router: float) -> None:
+        """Raises the error when trying again is pointless."""
+        request.losses.append(f"{request.address or 'router'}: {error}")
+        now = time.monotonic()
+        if request.deadline is not None and now >= request.deadline:
+            raise error
+        if request.address:
+            if not request.running.interrupted and not request.assembly.token_ids:
+                self._unreachable[request.address] = now + UNREACHABLE_SECONDS
+            if sum(not loss.startswith("router:") for loss in request.losses) >= self._max_losses:
+                raise error
+            return
+        self._router = next(self._turn)
+        if now - heard_of_router > self._patience or len(request.losses) > 10 * self._max_losses:
+            raise error
+
+    async def _attempt(self, request: _Request) -> AsyncGenerator[Delta, None]:
+        """One try: placed, or forwarded. Raises Refused or Lost; `request.address` tells who was at fault."""
+        request.address = ""
+        router = self._routers[self._router]
+        if self._placement:
+            place = await self._place(router, request)
+            address = str(place["address"])
+            if self._unreachable.get(address, 0.0) < time.monotonic():
+                request.address = address
+                request.story = {name: place[name] for name in ("instance", "hops") if name in place}
+                claim = input_tensors({"ticket": str(place["ticket"])})
+                responses = self._instance(address).responses(claim, request.attempt_id, request.left, request.running)
+            else:
+                responses = self._forwarded(router, request, "-forwarded")
+        else:
+            responses = self._forwarded(router, request)
+        async for message, at in responses:
+            yield read_delta(request.assembly, message, at)
+        request.assembly.result()
+
+    def _forwarded(
+        self, router: SlosClient, request: _Request, suffix: str = ""
+    ) -> AsyncGenerator[tuple[Any, float], None]:
+        return router.responses(request.inputs(), request.attempt_id + suffix, request.left, request.running)
+
+    async def _place(self, router: SlosClient, request: _Request) -> Mapping[str, Any]:
+        """Where to go. Raises Refused or Lost."""
+        found: Mapping[str, Any] | None = None
+        inputs = request.inputs(control="place")
+        async for message, _ in router.responses(inputs, request.attempt_id, request.left, Running()):
+            found = _control(message)
+        if found is None or "address" not in found or "ticket" not in found:
+            raise Lost(f"control_output: expected an address and a ticket, got {found}")
+        return found
+
+    def _instance(self, address: str) -> SlosClient:
+        if address not in self._instances:
+            self._instances[address] = SlosClient(address, self._model)
+        return self._instances[address]
+
+    def _tell_story(self, request: _Request) -> None:
+        """What this side knows goes into the receipt."""
+        receipt = json.loads(request.assembly.receipt) if request.assembly.receipt else {}
+        story = {**request.story, "losses": [*request.losses, *receipt.get("losses", ())]}
+        request.assembly.receipt = json.dumps({**receipt, **story})
+
+    async def _watch(self) -> None:
+        """Ask a router about every instance that has been silent; one that it gave up is given up here, too."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            now = time.monotonic()
+            silent = [each for each in self._requests if each.address and now - each.running.heard_at > SILENT_SECONDS]
+            if silent:
+                usable = await self._usable()
+                for request in silent:
+                    if usable is not None and request.address not in usable:
+                        request.running.interrupt(f"silent for {SILENT_SECONDS:g} s, and its router gave it up")
+
+    async def _usable(self) -> set[str] | None:
+        """Addresses of the instances that a router thinks well of; None when there is none or it does not answer."""
+        router = self._routers[self._router]
+        inputs = input_tensors({"control": "watch"})
+        try:
+            async for message, _ in router.responses(inputs, "", PAUSE_SECONDS * 5, Running()):
+                return set(_control(message).get("usable", ())) or None
+        except StreamError:
+            self._router = next(self._turn)
+        return None
+
+
+def _control(message: Any) -> Mapping[str, Any]:
+    """The JSON of a response to a control request."""
+    for output, raw in zip(message.outputs, message.raw_output_contents, strict=True):
+        if output.name == "control_output":
+            found: Mapping[str, Any] = json.loads(raw[4:])
+            return found
+    return {}

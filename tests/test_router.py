@@ -1,0 +1,326 @@
+"""Two real instances behind two real routers: streams, placement, the ensemble, and every way to fail.
+
+However a request goes wrong underneath, its caller gets each token once, and one end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slos_serve.backend.launcher import Server
+from slos_serve.backend.processes import session_members
+from slos_serve.backend.replicas import write_router_repository
+from slos_serve.backend.supervisor import Limits
+from slos_serve.client.client import Running, SlosClient, input_tensors
+from slos_serve.client.routed import RoutedClient
+from slos_serve.client.stream import Refused, Result, StreamError
+
+PATIENCE = 120.0
+PROMPTS = [f"def f{i}(x):" for i in range(8)]
+EASY: dict[str, Any] = {"ignore_eos": True, "slo_ttft_ms": 60e3, "slo_tpot_ms": 10e3}
+ROUTER = "slos_router"
+MODELS = [ROUTER, "slos_ensemble"]
+
+
+class Service:
+    """The servers of these tests."""
+
+    def __init__(self, instances: Sequence[Server], routers: Sequence[Server]) -> None:
+        self.instances = instances
+        self.routers = routers
+
+    @property
+    def addresses(self) -> list[str]:
+        return [router.grpc for router in self.routers]
+
+
+def started(servers: Sequence[Server]) -> list[Server]:
+    """All at the same time."""
+    threads = [threading.Thread(target=server.start) for server in servers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for server in servers:
+        assert server.num_starts, server.tail()
+    return list(servers)
+
+
+@pytest.fixture(scope="module")
+def service(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Two instances and two routers, each restarted by a supervisor when it fails."""
+    limits = Limits(probe_interval=1.0, probe_timeout=PATIENCE, first_delay=0.1)
+    instances = [Server(tiny_repository, models=["slos_llm"], supervise=True, limits=limits) for _ in range(2)]
+    routers: list[Server] = []
+    try:
+        started(instances)
+        settings = {"instances": [instance.grpc for instance in instances]}
+        for number in range(2):
+            repository = write_router_repository(tmp_path_factory.mktemp(f"router-{number}"), settings)
+            routers.append(Server(repository, models=MODELS, supervise=True, limits=limits))
+        started(routers)
+        yield Service(instances, routers)
+    finally:
+        for server in (*routers, *instances):
+            server.stop()
+
+
+@pytest.fixture
+def whole(service: Service) -> Service:
+    """The service once both routers use both instances."""
+    asyncio.run(until_usable(service.addresses, {instance.grpc for instance in service.instances}))
+    return service
+
+
+async def usable(router: str) -> set[str]:
+    async with RoutedClient([router]) as client:
+        return await client.usable() or set()
+
+
+async def until_usable(routers: Sequence[str], wanted: set[str]) -> None:
+    end = time.monotonic() + PATIENCE
+    while [await usable(router) for router in routers] != [wanted] * len(routers):
+        assert time.monotonic() < end, "waited in vain"
+        await asyncio.sleep(0.1)
+
+
+def metric(server: Server, name: str) -> float:
+    connection = http.client.HTTPConnection(server.metrics, timeout=PATIENCE)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    return sum(float(value) for value in re.findall(rf"^{name}\{{.*?\}} (\S+)$", text, re.MULTILINE))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def send_signal(server: Server, number: signal.Signals, name: str = "") -> None:
+    """To every process of a server, or to those of one name."""
+    for member in session_members(server.pid):
+        if name in member.name:
+            os.kill(member.pid, number)
+
+
+def serial(*runs: Any) -> list[Any]:
+    async def run() -> list[Any]:
+        return [await asyncio.wait_for(each, PATIENCE) for each in runs]
+
+    return asyncio.run(run())
+
+
+@asynccontextmanager
+async def clients(service: Service) -> AsyncIterator[dict[str, SlosClient | RoutedClient]]:
+    """Every way to the service."""
+    async with (
+        SlosClient(service.instances[0].grpc) as direct,
+        SlosClient(service.addresses[0], ROUTER) as router,
+        SlosClient(service.addresses[0], "slos_ensemble") as ensemble,
+        RoutedClient(service.addresses) as placed,
+        RoutedClient(service.addresses, placement=False) as forwarded,
+    ):
+        yield {"direct": direct, "router": router, "ensemble": ensemble, "placed": placed, "forwarded": forwarded}
+
+
+def test_every_way_brings_the_same(whole: Service) -> None:
+    """The same tokens, text and receipt through the router, the ensemble and placement as from an instance."""
+
+    async def run() -> dict[str, list[Result]]:
+        async with clients(whole) as ways:
+            return {
+                name: list(await asyncio.gather(*(way.generate(p, max_tokens=24, **EASY).drain() for p in PROMPTS)))
+                for name, way in ways.items()
+            }
+
+    (found,) = serial(run())
+    want = found["direct"]
+    for name, results in found.items():
+        assert [(r.token_ids, r.text, r.finish_reason) for r in results] == [
+            (r.token_ids, r.text, r.finish_reason) for r in want
+        ], name
+        assert all(want[0].receipt.keys() <= result.receipt.keys() for result in results)
+        assert all(result.receipt["attained"] for result in results)
+    served = {result.receipt["instance"] for result in found["router"] + found["placed"]}
+    assert served == {instance.grpc for instance in whole.instances}
+
+
+def test_errors_are_those_of_an_instance(whole: Service) -> None:
+    """Typed, with the field and what was got; an id in use is refused."""
+
+    async def refused(way: SlosClient | RoutedClient, **fields: Any) -> str:
+        with pytest.raises(Refused) as caught:
+            await way.generate("def f(", **fields).drain()
+        return str(caught.value)
+
+    async def run() -> tuple[dict[str, str], str]:
+        async with clients(whole) as ways:
+            found = {name: await refused(way, max_tokens=-5) for name, way in ways.items()}
+            first = ways["router"].generate("def f(", request_id="twice", max_tokens=300, ignore_eos=True)
+            async for _ in first:
+                break
+            twice = await refused(ways["router"], request_id="twice")
+            await first.aclose()
+            return found, twice
+
+    found, twice = asyncio.run(run())
+    assert set(found.values()) == {"INVALID_ARGUMENT: max_tokens: must be at least 1, got -5"}
+    assert twice.startswith("ALREADY_EXISTS")
+
+
+def test_who_hangs_up_at_the_router_frees_the_engine(whole: Service) -> None:
+    """Cancellation passes through the router and through placement."""
+
+    async def run() -> None:
+        async with clients(whole) as ways:
+            for name in ("router", "placed", "forwarded"):
+                streams = [ways[name].generate(p, max_tokens=450, ignore_eos=True) for p in PROMPTS]
+                for stream in streams:
+                    async for _ in stream:
+                        break
+                for stream in streams:
+                    await stream.aclose()
+
+    serial(run())
+    until(lambda: all(metric(instance, "slos_serve_requests") == 0 for instance in whole.instances))
+
+
+def test_a_stop_request_ends_what_cannot_be_cancelled(whole: Service) -> None:
+    """Through the ensemble, from any router, by the id; the last response is an instance's own."""
+
+    async def run() -> Result:
+        async with (
+            SlosClient(whole.addresses[0], "slos_ensemble") as ensemble,
+            SlosClient(whole.addresses[1], "slos_ensemble") as other,
+        ):
+            stream = ensemble.generate("def f(x):", request_id="stop-me", max_tokens=480, **EASY)
+            async for _ in stream:
+                break
+            async for _ in other.responses(input_tensors({"control": "stop"}), "stop-me", None, Running()):
+                pass
+            return await stream.drain()
+
+    (result,) = serial(run())
+    assert result.finish_reason == "cancelled"
+    assert result.receipt["tokens"] == len(result.token_ids) < 480
+
+
+def ledger_of(service: Service, disturb: Callable[[], None], *, count: int = 16) -> tuple[list[Result], list[Result]]:
+    """The answers of `count` streams, half placed and half forwarded, which `disturb` interrupts; and without."""
+
+    async def answers(ways: Sequence[RoutedClient], begun: asyncio.Event | None) -> list[Result]:
+        async def one(number: int) -> Result:
+            way = ways[number % 2]
+            stream = way.generate(PROMPTS[number % 8], max_tokens=200, request_id=f"{time.time()}-{number}", **EASY)
+            async for delta in stream:
+                if begun is not None and delta.token_index > 20:
+                    begun.set()
+            return stream.result
+
+        return list(await asyncio.gather(*(one(number) for number in range(count))))
+
+    async def run() -> tuple[list[Result], list[Result]]:
+        async with clients(service) as ways:
+            both = [ways["placed"], ways["forwarded"]]
+            assert all(isinstance(way, RoutedClient) for way in both)
+            want = await answers(both, None)  # type: ignore[arg-type]
+            begun = asyncio.Event()
+            task = asyncio.create_task(answers(both, begun))  # type: ignore[arg-type]
+            await begun.wait()
+            await asyncio.to_thread(disturb)
+            return await task, want
+
+    return asyncio.run(asyncio.wait_for(run(), PATIENCE))
+
+
+def same(found: list[Result], want: list[Result]) -> bool:
+    """Every request ended once, with each token once."""
+    return [(r.token_ids, r.text) for r in found] == [(r.token_ids, r.text) for r in want]
+
+
+def test_a_frozen_instance_loses_nothing_and_says_nothing_later(whole: Service) -> None:
+    """Its requests go on elsewhere; what it still had to say when it wakes up reaches nobody."""
+    frozen = whole.instances[0]
+    try:
+        found, want = ledger_of(whole, lambda: send_signal(frozen, signal.SIGSTOP))
+        assert same(found, want)
+        assert any(result.receipt["resumed_tokens"] for result in found)
+        assert any(frozen.grpc in loss for result in found for loss in result.receipt["losses"])
+        asyncio.run(until_usable(whole.addresses, {whole.instances[1].grpc}))
+    finally:
+        send_signal(frozen, signal.SIGCONT)
+    asyncio.run(until_usable(whole.addresses, {instance.grpc for instance in whole.instances}))
+
+
+def test_a_killed_router_loses_nothing(whole: Service) -> None:
+    """Placed streams do not notice; forwarded ones go on through the other router."""
+    starts = whole.routers[0].num_starts
+    found, want = ledger_of(whole, lambda: send_signal(whole.routers[0], signal.SIGKILL))
+    assert same(found, want)
+    until(lambda: whole.routers[0].num_starts > starts)
+
+
+@pytest.mark.parametrize("name", ["triton_python_b", ""], ids=["engine process", "whole server"])
+def test_a_killed_instance_loses_nothing_and_comes_back(whole: Service, name: str) -> None:
+    """Its requests go on elsewhere, the supervisor restarts it, and the routers use it again."""
+    victim = whole.instances[1]
+    starts = victim.num_starts
+    found, want = ledger_of(whole, lambda: send_signal(victim, signal.SIGKILL, name))
+    assert same(found, want)
+    assert any(result.receipt["resumed_tokens"] for result in found)
+    until(lambda: victim.num_starts > starts)
+    asyncio.run(until_usable(whole.addresses, {instance.grpc for instance in whole.instances}))
+
+
+@contextmanager
+def listening() -> Iterator[str]:
+    """A port that accepts connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        yield f"127.0.0.1:{port.getsockname()[1]}"
+
+
+def test_nobody_left_is_told_in_time_and_newcomers_are_used(whole: Service, tmp_path: Path) -> None:
+    """With a refusing, a silent and a wrong port there is a clear UNAVAILABLE; a file brings an instance later."""
+    with listening() as silent, socket.create_server(("127.0.0.1", 0)) as taken:
+        closed = f"127.0.0.1:{taken.getsockname()[1]}"
+        taken.close()
+        bad = [closed, silent, whole.instances[0].http, whole.addresses[0]]
+        settings = {"instances": bad, "instances_file": "more.txt", "wait_s": 1.0, "refresh_s": 0.1}
+        repository = write_router_repository(tmp_path / "repository", settings)
+        more = repository / ROUTER / "1" / "more.txt"
+        more.write_text("")
+        with Server(repository, models=MODELS) as lonely:
+
+            async def ask(**fields: Any) -> Result:
+                async with SlosClient(lonely.grpc, ROUTER) as client:
+                    return await client.generate("def f(", max_tokens=5, **fields).drain()
+
+            begun = time.monotonic()
+            with pytest.raises(Refused, match="UNAVAILABLE: no instance for 1 s") as caught:
+                asyncio.run(ask())
+            assert time.monotonic() - begun < 30
+            assert all(address in str(caught.value) for address in bad)
+            more.write_text(whole.instances[0].grpc + "\n")
+            asyncio.run(until_usable([lonely.grpc], {whole.instances[0].grpc}))
+            assert len(asyncio.run(ask()).token_ids) == 5
+            assert len(asyncio.run(ask(session_id="of a router that forgot it")).token_ids) == 5
+            more.write_text("")
+            asyncio.run(until_usable([lonely.grpc], set()))
+            with pytest.raises(StreamError):
+                asyncio.run(ask())
