@@ -95,11 +95,7 @@ EXAMINED: Final[Mapping[str, Policy]] = {
     "vllm": Policy(_vllm, tuple({"budget": budget} for budget in (4096, 2048, 8192))),
     "qoserve": Policy(
         _qoserve,
-        tuple(
-            {"alpha": alpha, "cap": cap}
-            for cap in (0.04, 0.06, 0.03, 0.1, 0.2)
-            for alpha in (4.0, 16.0, 1.0, 64.0, 0.0)
-        ),
+        tuple({"alpha": alpha, "cap": cap} for cap in (0.04, 0.06, 0.03, 0.1) for alpha in (4.0, 16.0, 1.0, 0.0)),
     ),
     "distserve": Policy(
         _distserve,

@@ -33,6 +33,12 @@ COLOURS: Final[Mapping[str, str]] = {
 OTHER: Final = "#999999"
 
 
+_ABOUT: Final = (
+    *("workload", "arrivals", "profile", "policy", "replicas", "seed", "ttft_floor_ms", "setting", "untuned"),
+    *("acceptance", "targets", "rules", "rate"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
     """One figure: its file name, what it is called, and what it shows in a sentence."""
@@ -62,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read(paths: Iterable[Path]) -> tuple[list[Result], list[Result]]:
-    """All cells and burst experiments of the files. Raises ValueError naming a file that is none of ours."""
+    """All cells and burst experiments of the files; of a cell that is in several, the last.
+
+    Raises ValueError naming a file that is none of ours.
+    """
     cells: list[Result] = []
     bursts: list[Result] = []
     for path in paths:
@@ -74,7 +83,7 @@ def read(paths: Iterable[Path]) -> tuple[list[Result], list[Result]]:
             raise ValueError(f"{path}: not a file of exam results ({error!r})") from error
     if not cells and not bursts:
         raise ValueError(f"{', '.join(map(str, paths))}: no results")
-    return cells, bursts
+    return list({json.dumps([cell[name] for name in _ABOUT]): cell for cell in cells}.values()), bursts
 
 
 def pictures(cells: Sequence[Result], bursts: Sequence[Result]) -> list[Picture]:
@@ -346,7 +355,7 @@ def _settings(prefix: str, title: str, cells: Sequence[Result]) -> list[Picture]
     if not rates or not names:
         return []
     ratios = [[_ratio(found.get(name), found[reference]) for found in rates.values()] for name in names]
-    figure, subplots = _figure(1.15 * len(rates) + 3.2, 0.42 * len(names) + 1.9)
+    figure, subplots = _figure(max(1.15 * len(rates) + 3.2, 7.0), 0.42 * len(names) + 1.9)
     axes = subplots()
     axes.imshow(ratios, cmap="RdYlGn", vmin=0.6, vmax=1.4, aspect="auto")
     for y, row in enumerate(ratios):
