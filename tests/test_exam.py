@@ -328,9 +328,10 @@ def test_separate_replicas_serve_every_session(prefill: int, decode: int) -> Non
 def test_more_replicas_do_not_attain_less(policy: str) -> None:
     """On one fixed trace, twice the replicas attain at least as much, within two points."""
     rate, attained = 6.0, []
-    firsts = exam.scene(exam.Cell("coding", "bursts", "a100-llama-3-8b", policy, 1, 0, min_requests=200)).firsts(rate)[0]
+    alone = exam.Cell("coding", "bursts", "a100-llama-3-8b", policy, 1, 0, min_requests=200)
+    firsts = exam.scene(alone).firsts(rate)[0]
     for replicas in (1, 2, 4):
-        cell = exam.Cell("coding", "bursts", "a100-llama-3-8b", policy, replicas, 0, min_requests=200)
+        cell = replace(alone, replicas=replicas)
         ready = exam.scene(cell)
         played = ready.play(cell.examined().sweep[0], firsts)
         attained.append(score(firsts, played, rate=rate, seconds=1.0, dropped=0).attainment["strict"])
