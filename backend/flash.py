@@ -1,23 +1,26 @@
 """Attention over a paged KV cache by one variable-length kernel call a layer: the way of a GPU.
 
-The kernel is PyTorch's `varlen_attn` with a block table (flash attention 2, which is built in and wants
-pages of a multiple of 256 tokens, or 3 where it is installed and activated). `reference` computes the same
-on any device, one request after another: it is what the kernel is checked against, and what runs where
-there is no kernel. A batch reaches the device in one copy. Same cache contract as `attention.KvCache`.
+The kernel is PyTorch's `varlen_attn` with a block table (from 2.12 on; flash attention 2, which is built in,
+wants pages of a multiple of 256 tokens). It is tried against `reference` before it is used: that computes the
+same on any device, one request after another, and takes the kernel's place in tests. A batch reaches the
+device in one copy. Same cache contract as `attention.KvCache`.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import torch
 
 from .attention import Ints, Span
+
+log = logging.getLogger(__name__)
 
 PAGE_TOKENS: Final = 256  # what flash attention 2 can page by
 HALF: Final = (torch.bfloat16, torch.float16)
@@ -60,6 +63,7 @@ class FlashBatch:
     slots: torch.Tensor  # [tokens]
     starts: torch.Tensor  # [requests + 1] int32: packed rows at which requests begin, and the end
     lengths: torch.Tensor  # [requests] int32: keys of each
+    key_starts: torch.Tensor  # [requests + 1] int32: their running sum
     table: torch.Tensor  # [requests, blocks] int32
     most_queries: int
     most_keys: int
@@ -68,25 +72,47 @@ class FlashBatch:
 Kernel: TypeAlias = Callable[[torch.Tensor, FlashBatch, int, float], torch.Tensor]
 
 
-def has_kernel(dtype: torch.dtype, device: torch.device, block_tokens: int) -> bool:
-    """Whether PyTorch's paged kernel takes this cache."""
+def choose_kernel(
+    dtype: torch.dtype, device: torch.device, block_tokens: int, heads: int, kv_heads: int, head_dim: int
+) -> Kernel | None:
+    """PyTorch's paged kernel in the first form that computes what `reference` does here; None where none does.
+
+    Which page sizes are taken, and whether the cumulative lengths of the keys must or must not be given, differs
+    between the flash attentions behind it, so it is tried and not looked up.
+    """
     if device.type != "cuda" or dtype not in HALF:
-        return False
-    try:
-        from torch.nn.attention import current_flash_attention_impl, varlen
-    except ImportError:  # PyTorch before 2.12
-        return False
-    pages = "block_table" in inspect.signature(varlen.varlen_attn).parameters
-    # flash attention 3 and later take pages of any size
-    return pages and (block_tokens % PAGE_TOKENS == 0 or current_flash_attention_impl() in ("FA3", "FA4"))
+        return None
+    cache = FlashCache(1, kv_heads, head_dim, 4, block_tokens, dtype, device)
+    for each in (cache.keys, cache.values):
+        each.normal_()
+    spans = [Span(np.zeros(3, np.int64), block_tokens - 1, [2, 0]), Span(np.zeros(1, np.int64), 5, [1])]
+    batch = pack(spans, cache)
+    query = torch.randn(len(batch.input_ids), heads, head_dim, dtype=dtype, device=device)
+    wanted = reference(query, batch, 0, head_dim**-0.5).float()
+    for kernel in (partial(varlen, keyed=False), partial(varlen, keyed=True)):
+        try:
+            got = kernel(query, batch, 0, head_dim**-0.5).float()
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            log.info("paged attention with pages of %d tokens: %s", block_tokens, str(error).splitlines()[0])
+            continue
+        if torch.allclose(got, wanted, atol=0.03, rtol=0.03):
+            return kernel
+    log.warning(
+        "no paged attention kernel takes pages of %d tokens: keys are gathered; try \"block_tokens\": %d",
+        block_tokens, PAGE_TOKENS,
+    )  # fmt: skip
+    return None
 
 
-def varlen(query: torch.Tensor, batch: FlashBatch, layer: int, scaling: float) -> torch.Tensor:
-    """PyTorch's kernel: query [tokens, heads, head dim], each row sees its request's keys up to its own."""
+def varlen(query: torch.Tensor, batch: FlashBatch, layer: int, scaling: float, *, keyed: bool) -> torch.Tensor:
+    """PyTorch's kernel: query [tokens, heads, head dim], each row sees its request's keys up to its own.
+
+    `keyed`: give it the cumulative lengths of the keys too.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     out = varlen_attn(
-        query, batch.cache.keys[layer], batch.cache.values[layer], batch.starts, None,
+        query, batch.cache.keys[layer], batch.cache.values[layer], batch.starts, batch.key_starts if keyed else None,
         batch.most_queries, batch.most_keys, scale=scaling, window_size=(-1, 0), enable_gqa=True,
         seqused_k=batch.lengths, block_table=batch.table,
     )  # fmt: skip
@@ -170,7 +196,8 @@ def batch_of(flat: torch.Tensor, columns: Columns, cache: FlashCache, most_queri
     """The batch whose numbers lie on the device in `flat`, int64."""
     ids, positions, slots, starts, lengths, table = columns.split(flat)
     starts, lengths, table = (each.to(torch.int32) for each in (starts, lengths, table))
-    return FlashBatch(cache, ids, positions, slots, starts, lengths, table, most_queries, most_keys)
+    key_starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return FlashBatch(cache, ids, positions, slots, starts, lengths, key_starts, table, most_queries, most_keys)
 
 
 def pack(spans: Sequence[Span], cache: FlashCache) -> FlashBatch:

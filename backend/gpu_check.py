@@ -211,6 +211,7 @@ def check_logits(config: Any, scale: Scale) -> dict[str, Any]:
     paged = PagedModel(
         model, blocks, scale.block_tokens, max_requests=4, kernel=None if scale.device == "cuda" else flash.reference
     )
+    print(f"  {paged.way}")
     chance = np.random.default_rng(0)
     lengths = (scale.max_context // 2 + 3, scale.max_context // 4 + 1, 17)
     prompts = [chance.integers(0, model.vocab_size, length) for length in lengths]
@@ -242,6 +243,7 @@ def check_logits(config: Any, scale: Scale) -> dict[str, Any]:
             same += int((got.argmax(-1) == wanted.argmax(-1)).sum())
             count += len(prompt)
     result = {
+        "way": paged.way,
         "relative_error": max(errors),
         "limit": MAX_ERROR,
         "same_top_token": same / count,

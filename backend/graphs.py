@@ -1,7 +1,7 @@
 """Decode batches as CUDA graphs: one replay instead of hundreds of kernel launches.
 
-A graph is captured for each padded number of requests (powers of two) and number of tokens each has, when it
-is first wanted, so a warm-up should want them all. Its inputs are one buffer, filled by one copy from
+A graph is captured for each padded number of requests (powers of two) and number of tokens each has: for
+single tokens at the start, for guesses when they are first wanted. Its inputs are one buffer, filled by one copy from
 pinned memory. Where nothing can be captured (another device, or a model that synchronises) the same
 static buffers are computed eagerly.
 """
@@ -48,6 +48,11 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle() if cache.keys.is_cuda else None
         self._captures = cache.keys.is_cuda
 
+    @property
+    def are_captured(self) -> bool:
+        """Whether these are CUDA graphs, not the same buffers computed eagerly."""
+        return self._captures
+
     def takes(self, spans: Sequence[Span], rows: Sequence[int]) -> bool:
         """Whether this batch is one: equal short spans, all their logits asked for in order."""
         length = len(spans[0].tokens)
@@ -58,6 +63,14 @@ class DecodeGraphs:
             and max(span.end for span in spans) <= self._context
             and len(rows) == length * len(spans)
         )
+
+    def capture(self) -> None:
+        """Capture the graphs of all numbers of requests with one token each, where graphs can be captured."""
+        requests = 1
+        while self._captures and requests < 2 * self._most:
+            with torch.inference_mode():
+                self._graphs[requests, 1] = self._make(requests, 1)
+            requests *= 2
 
     def __call__(self, spans: Sequence[Span]) -> torch.Tensor:
         """The logits [tokens, vocabulary], valid until the next call."""

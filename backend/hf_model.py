@@ -67,8 +67,8 @@ class PagedModel:
         keys are gathered. With a kernel, decodes of up to `max_requests` requests run as CUDA graphs.
         """
         self.loaded = loaded
-        if kernel is None and flash.has_kernel(loaded.dtype, loaded.device, block_tokens):
-            kernel = flash.varlen
+        heads = (loaded.num_heads, loaded.kv_heads, loaded.head_dim)
+        kernel = kernel or flash.choose_kernel(loaded.dtype, loaded.device, block_tokens, *heads)
         shape = (loaded.num_layers, loaded.kv_heads, loaded.head_dim, num_blocks, block_tokens)
         self.cache: KvCache | FlashCache
         lean = is_lean(loaded.model)
@@ -82,7 +82,10 @@ class PagedModel:
             self._compute = partial(self._compute_paged, paged, kernel)
             if max_requests:
                 logits = partial(self._all_logits, kernel)
-                self._graphs = DecodeGraphs(paged, logits, max_requests, num_blocks * block_tokens)
+                self._graphs = DecodeGraphs(
+                    paged, logits, max_requests, min(num_blocks * block_tokens, loaded.max_positions)
+                )
+                self._graphs.capture()
 
     def forward(self, spans: Sequence[Span], rows: Sequence[int]) -> torch.Tensor:
         """Compute `spans` as one batch; the logits [len(rows), vocabulary] of the packed rows `rows`.
@@ -92,6 +95,15 @@ class PagedModel:
         if self._graphs is not None and self._graphs.takes(spans, rows):
             return self._graphs(spans)
         return self._compute(spans, rows)
+
+    @property
+    def way(self) -> str:
+        """How attention and decodes are computed, in words."""
+        if isinstance(self.cache, KvCache):
+            return "keys are gathered"
+        if self._graphs is None or not self._graphs.are_captured:
+            return "one paged kernel call a layer"
+        return "one paged kernel call a layer, decodes as CUDA graphs"
 
     def _compute_gathered(self, cache: KvCache, spans: Sequence[Span], rows: Sequence[int]) -> torch.Tensor:
         batch = attention.pack(spans, cache, self.loaded.num_heads // self.loaded.kv_heads)

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from .admission import Verdict, admit, shortest_period
-from .drafting import draft_steps, tier_steps
+from .drafting import draft_steps, own_steps, tier_steps
 from .jit import compiled
 from .selection import refine
 from .table import (
@@ -490,7 +490,10 @@ def choose_guesses(
     if limits[BY_TIER] > 0.5:
         tier_steps(real, members, context, perf, most, longest, limits[OWN_DRAFT] > 0.5, steps)
     else:
-        steps[members] = draft_steps(real, whole, members, context, perf, most, longest)
+        most = draft_steps(real, whole, members, context, perf, most, longest)
+        steps[members] = most
+        if most > 0 and limits[OWN_DRAFT] > 0.5:
+            own_steps(real, members, context, perf, most, steps)
     return int(steps[members].max())
 
 

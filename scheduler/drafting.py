@@ -113,6 +113,22 @@ def draft_steps(real: Any, whole: Any, decodes: Any, context: float, perf: Any, 
 
 
 @compiled
+def own_steps(real: Any, decodes: Any, context: float, perf: Any, most: int, steps: Any) -> None:
+    """`steps[slot]`: `most` guesses, fewer where the last is less likely right than the time to verify it is worth."""
+    tokens = decodes.size * (most + 1.0)
+    seconds = batch_seconds(perf, tokens, context, 0.0, float(most))
+    each = seconds - batch_seconds(perf, tokens - 1.0, context, 0.0, float(most))
+    gain = 0.0
+    for slot in decodes:
+        gain += tokens_per_guesses(min(real[ACCEPT, slot], 0.999), most)
+    for slot in decodes:
+        guesses = most
+        while guesses > 0 and min(real[ACCEPT, slot], 0.999) ** guesses < gain / seconds * each:
+            guesses -= 1
+        steps[slot] = guesses
+
+
+@compiled
 def tier_steps(
     real: Any, decodes: Any, context: float, perf: Any, limit: int, longest: float, each_its_own: bool, steps: Any
 ) -> None:

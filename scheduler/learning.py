@@ -22,11 +22,13 @@ from .table import (
     LENGTH,
     PROMISED,
     PROVISIONAL,
+    RIGHT,
     SERVED,
     STAGE,
     STAGE_LEFT,
     STAGES,
     TPOT,
+    TRIED,
     VERDICT,
 )
 from .timemodel import invert, observe
@@ -51,6 +53,7 @@ BOOKS: Final = 5
 
 DRAFT_PRIOR: Final = 0.6  # acceptance assumed before any guess was verified
 DRAFT_MEMORY: Final = 200.0  # guesses over which a class forgets
+CLASS_WEIGHT: Final = 16.0  # guesses of its own that tell as much about a request as its class does
 
 
 @compiled
@@ -91,8 +94,12 @@ def learn(
         real[SERVED, slot] = finished_at
         row = classes[whole[CLASS, slot]]
         if drafts[i] > 0:
-            learn_acceptance(row, drafts[i], advances[i, ACCEPTED])
-            real[ACCEPT, slot] = row[ACCEPTANCE]
+            tried = learn_acceptance(row, drafts[i], advances[i, ACCEPTED])
+            real[TRIED, slot] += tried
+            real[RIGHT, slot] += advances[i, ACCEPTED]
+            # some texts are easier to guess than others of their class: its own, with the class as its beginning
+            own = real[RIGHT, slot] + CLASS_WEIGHT * row[ACCEPTANCE]
+            real[ACCEPT, slot] = own / (real[TRIED, slot] + CLASS_WEIGHT)
         if new > 0:
             if whole[EMITTED, slot] == 0:
                 first_token(real, whole, slot, finished_at, books)
@@ -110,6 +117,8 @@ def learn(
                 expect(real, whole, row, mode, slot)
         if advances[i, DONE] != 0:
             observe_length(row, float(whole[EMITTED, slot]))
+            # drifts back, so that a class whose guesses failed for a while is tried again
+            row[ACCEPTANCE] += (DRAFT_PRIOR - row[ACCEPTANCE]) / DRAFT_MEMORY
             books[HELD_BLOCKS] -= whole[HELD, slot]
             whole[HELD, slot] = 0
             done[ended] = slot
@@ -153,8 +162,12 @@ def pace(real: Any, whole: Any, stage_tokens: Any, stage_tpot: Any, slot: int, s
 
 
 @compiled
-def learn_acceptance(row: Any, drafted: int, accepted: int) -> None:
-    """P(one guess is accepted), from runs that stop at the first refusal: accepted / (accepted + refused)."""
+def learn_acceptance(row: Any, drafted: int, accepted: int) -> int:
+    """P(one guess is accepted), from runs that stop at the first refusal: accepted / (accepted + refused).
+
+    Returns how many guesses of this run were verified.
+    """
     tried = accepted + (1 if accepted < drafted else 0)
     keep = (1.0 - 1.0 / DRAFT_MEMORY) ** tried
     row[ACCEPTANCE] = keep * row[ACCEPTANCE] + (1.0 - keep) * (accepted / tried)
+    return int(tried)

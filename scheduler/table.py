@@ -22,7 +22,9 @@ LENGTH: Final = 3  # expected tokens at the end, prompt included
 SERVED: Final = 4  # when it last made progress (its arrival before that)
 ACCEPT: Final = 5  # share of its guesses that are accepted
 ASKED: Final = 6  # the caller's estimate of its output tokens; NaN without one
-REALS: Final = 7
+TRIED: Final = 7  # its own guesses that were verified
+RIGHT: Final = 8  # of them, accepted
+REALS: Final = 9
 
 # Columns of `whole`.
 KNOWN: Final = 0  # tokens whose ids are known: prompt and output

@@ -262,6 +262,17 @@ def test_greedy_tokens_are_the_same_with_guesses(
         assert guessing.run_at_random(draft=seed + 2, eviction=0.03) == expected
 
 
+def test_guessing_can_stop_and_begin_again(target: LoadedModel) -> None:
+    """After steps without guesses the draft model has caught up: as its own draft it is right again at once."""
+    driver = Driver(engine(target, target, max_draft=3))
+    driver.add("a", prompts(30)[0], SamplingParams(ignore_eos=True), limits=(40,))
+    driver.step(driver.next_chunk("a", 30))
+    for draft in (3, 0, 0, 0, 2, 0, 1, 3, 0, 3):
+        driver.step(driver.next_chunk("a", 1, draft))
+        (output,) = driver.engine.outputs
+        assert (output.drafted, output.accepted) == (draft, draft)
+
+
 def test_a_draft_that_is_the_model_itself_is_always_right(target: LoadedModel) -> None:
     """All guesses are accepted, greedy and sampled, also for a prefix whose draft KV was found in the cache."""
     for sampling in (SamplingParams(ignore_eos=True), SamplingParams(temperature=1.0, seed=1, ignore_eos=True)):

@@ -198,6 +198,46 @@ def test_speculation_is_chosen_by_cost() -> None:
     assert drafted[1] == 0
 
 
+def drafts_of(lucky: float, unlucky: float, per_request: bool = True) -> list[dict[str, int]]:
+    """Guesses in each step for two requests of one class, whose guesses are right so often."""
+    caps = Capabilities(2000, 16, 2048, 64, 4096, max_draft=4, per_request_draft=per_request)
+    perf = PerfModel((Piece(0.02, 0.002, 1e-3),))
+    steps: list[dict[str, int]] = []
+    simulate(
+        [request(name, new=200) for name in ("lucky", "unlucky")],
+        {"lucky": 200, "unlucky": 200},
+        Scheduler(caps, perf),
+        SimulatedEngine(caps, perf, np.random.default_rng(0)),
+        acceptance={"lucky": lucky, "unlucky": unlucky},
+        on_step=lambda plan, _: steps.append({chunk.request_id: chunk.draft for chunk in plan.chunks}),
+    )
+    return [step for step in steps if len(step) == 2]
+
+
+def test_each_request_learns_how_often_its_own_guesses_are_right() -> None:
+    """Of two requests of one class the one whose guesses fail gets fewer, unless the engine wants the same for all."""
+    steps = drafts_of(lucky=0.95, unlucky=0.05)[-20:]
+    assert np.mean([step["lucky"] for step in steps]) > 2 * np.mean([step["unlucky"] for step in steps])
+    steps = drafts_of(lucky=0.95, unlucky=0.05, per_request=False)[:-5]  # the last ones stop at the end of a request
+    assert any(step["lucky"] for step in steps)
+    assert all(step["lucky"] == step["unlucky"] for step in steps)
+
+
+def test_a_class_whose_guesses_failed_is_tried_again() -> None:
+    """Acceptance that fell drifts back as requests of the class end, so that guessing begins anew."""
+    caps = Capabilities(2000, 16, 2048, 64, 4096, max_draft=4)
+    perf = PerfModel((Piece(0.02, 0.003, 1e-3),))
+    scheduler, engine = Scheduler(caps, perf), SimulatedEngine(caps, perf, np.random.default_rng(0))
+    learned = []
+    for phase, (luck, count) in enumerate(((0.0, 60), (0.9, 300))):
+        names = [f"{phase}-{index}" for index in range(count)]
+        requests = [request(name, at=1000.0 * phase + index, new=20) for index, name in enumerate(names)]
+        simulate(requests, dict.fromkeys(names, 20), scheduler, engine, acceptance=luck)
+        learned += scheduler.acceptance().values()
+    assert learned[0] < 0.4
+    assert learned[1] > 0.8
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @example(93450, 145, 16, True, "slos_serve")  # an urgent prompt without memory displaced every decode
 @given(
