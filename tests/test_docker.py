@@ -15,6 +15,7 @@ import yaml
 
 from slos_serve.backend.config import parse_config, read_config
 from slos_serve.backend.metrics import FAMILIES
+from slos_serve.backend.replicas import write_router_repository
 from slos_serve.backend.trtllm_engine import check_settings
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,24 @@ def test_the_router_finds_the_instances_by_their_service() -> None:
     service = next(item for item in documents("kubernetes/instances.yaml") if item["kind"] == "Service")
     assert service["spec"]["clusterIP"] == "None"
     assert compose["dns"] == cluster["dns"] == f"{service['metadata']['name']}:8001"
+
+
+def test_the_routers_serve_what_the_command_would_write(tmp_path: Path) -> None:
+    """Router and ensemble are those of `slos-serve serve --router`, in compose and in the cluster."""
+    written = write_router_repository(tmp_path, {"model": "slos_llm", "dns": "instances:8001"})
+    data = next(item for item in documents("kubernetes/router.yaml") if item["kind"] == "ConfigMap")["data"]
+    keys = {
+        "slos_router/config.pbtxt": "config.pbtxt",
+        "slos_router/1/model.py": "model.py",
+        "slos_ensemble/config.pbtxt": "ensemble.pbtxt",
+    }
+    for name, key in keys.items():
+        expected = (written / name).read_text()
+        assert (DOCKER / "router" / name).read_text() == expected
+        assert data[key] == expected
+    settings = json.loads((written / "slos_router/1/router.json").read_text())
+    assert json.loads((DOCKER / "router/slos_router/1/router.json").read_text()) == settings
+    assert json.loads(data["router.json"]) == settings
 
 
 WORKLOADS = [

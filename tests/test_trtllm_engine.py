@@ -33,6 +33,7 @@ from slos_serve.backend.trtllm_engine import TrtllmBuilt
 from slos_serve.client import wire
 
 VOCABULARY = 304
+EASY = {"slo_ttft_ms": 60_000.0, "slo_tpot_ms": 5_000.0}  # kept on the busiest machine
 SETTINGS: dict[str, Any] = {
     "engine": "tensorrt_llm", "dtype": "bfloat16", "max_context": 128, "max_batch_tokens": 64, "max_batch_requests": 8,
     "block_tokens": 8, "max_requests": 64,
@@ -136,10 +137,10 @@ def test_requests_are_answered_with_a_receipt(
 ) -> None:
     """Sixteen requests of all classes: the right tokens, once, and a receipt that says what was promised."""
     running = replica(mode=mode, overlap=overlap)
-    classes = ["chatbot", "coding", "best_effort", "summarization"]
+    asked = [EASY, {"slo_class": "coding"}, {"slo_class": "best_effort"}, {"slo_class": "summarization"}]
     prompts = [[5 + i] * (3 + 5 * i) for i in range(16)]
     callers = [
-        running.send(f"r{i}", input_ids=prompt, max_tokens=12, slo_class=classes[i % 4], return_token_ids=True)
+        running.send(f"r{i}", input_ids=prompt, max_tokens=12, return_token_ids=True, **asked[i % 4])
         for i, prompt in enumerate(prompts)
     ]
     for prompt, caller in zip(prompts, callers, strict=True):
@@ -150,7 +151,7 @@ def test_requests_are_answered_with_a_receipt(
         assert caller.receipt["tokens"] == len(ids)
         assert caller.receipt["ttft_ms"] > 0
     admitted = [caller.receipt["admitted"] for caller in callers]
-    assert any(admitted)
+    assert all(admitted[::4])
     assert not any(admitted[2::4])
     running.close()
     gauges = {
@@ -403,16 +404,16 @@ def test_two_ranks_run_what_the_first_one_plans(replica: Callable[..., Replica],
     running = replica(mode="full", overlap=overlap, tensor_parallel=2)
     assert running.built.mode.value == "full"
     prompts = [[5 + i] * (3 + 5 * i) for i in range(16)]
-    slo_class = ["chatbot", "best_effort"]
+    asked = [EASY, {"slo_class": "best_effort"}]
     callers = [
-        running.send(f"r{i}", input_ids=prompt, max_tokens=12, slo_class=slo_class[i % 2], return_token_ids=True)
+        running.send(f"r{i}", input_ids=prompt, max_tokens=12, return_token_ids=True, **asked[i % 2])
         for i, prompt in enumerate(prompts)
     ]
     for prompt, caller in zip(prompts, callers, strict=True):
         ids = [token for response in caller.wait().responses for token in response.get("output_ids", [])]
         assert ids == answer(prompt, 12)
     admitted = [caller.receipt["admitted"] for caller in callers]
-    assert any(admitted[::2])
+    assert all(admitted[::2])
     assert not any(admitted[1::2])
     llm = running.built.front._llm
     running.close()
@@ -429,7 +430,7 @@ def test_ranks_that_do_not_call_are_governed_from_the_front(
     running = replica(tensor_parallel=2)
     assert running.built.mode.value == "governor"
     assert "install the .pth line" in running.built.findings.reasons[0]
-    assert running.send("r", input_ids=[5] * 9, max_tokens=5).wait().receipt["admitted"]
+    assert running.send("r", input_ids=[5] * 9, max_tokens=5, **EASY).wait().receipt["admitted"]
     os.environ.pop(trtllm_ranks.VARIABLE, None)
 
 

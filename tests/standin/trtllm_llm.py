@@ -197,15 +197,15 @@ class LLM:
                 engine.cancel(*values)
 
     def _run(self) -> None:
-        engine = self._engine
+        engine, batches = self._engine, 0
         while not self._stop:
             calls = self._take(wait=engine.is_idle)
             self._apply(engine, calls)
             engine.dist.broadcast(calls)
-            if engine.iterations == self.fails_at:
-                break  # as after an exception in the loop: nobody answers any more
             before = engine.clock
-            engine.step()
+            batches += engine.step() > 0
+            if batches == self.fails_at:
+                break  # as after an exception in the loop: nobody answers any more
             time.sleep(max(engine.clock - before, 0.0))
         engine.dist.broadcast(None)
 
