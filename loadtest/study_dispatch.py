@@ -273,7 +273,8 @@ class Service:
 
     def ended(self, number: int, report: StepReport, now: float) -> None:
         site = self.sites[number]
-        site.planner.report(report)
+        # Counted again: a request with a cached prefix may have come while the step ran.
+        site.planner.report(replace(report, free_blocks=site.engine.free_blocks))
         assert isinstance(report.advances, Advances)
         for name, row in zip(report.advances.ids, report.advances.numbers.tolist(), strict=True):
             self.outcomes[name].token_times.extend([report.finished_at] * row[1])
