@@ -142,7 +142,8 @@ class Lab:
             if self.engine is not None:
                 uninstall(self.engine)
             return
-        self.pilot = self.built.install(Mode(mode), self.watch, self.tickets, planner)
+        pilot = self.built.install(Mode(mode), self.watch, self.tickets, planner)
+        self.pilot = pilot if isinstance(pilot, Pilot) else None
 
     def run(self, jobs: Sequence[Job], abort_at: Mapping[int, int] | None = None) -> list[Ran]:
         """Play jobs at their times; `abort_at` gives some up after so many milliseconds."""

@@ -41,6 +41,7 @@ from .tokenizer import Codec, Tokenizer
 from .trtllm_gate import Gate
 from .trtllm_pilot import Cockpit, Mode, Pilot, Ticket
 from .trtllm_probe import Findings, capabilities_of, check_requests, limits_of, prepare, probe, scheduler_class
+from .trtllm_ranks import Ranks, RemotePilot
 from .trtllm_worker import EngineMetrics, Fresh, Tickets, TrtllmWorker
 from .worker import Voice
 
@@ -83,7 +84,16 @@ class LlmHandle:
 class LlmFront:
     """TensorRT-LLM's LLM: what goes in and out of it. `engine` is its PyExecutor where that is in this process."""
 
-    def __init__(self, llm: Any, make_params: Any, end_ids: Sequence[int], engine: Any = None) -> None:
+    def __init__(
+        self,
+        llm: Any,
+        make_params: Any,
+        end_ids: Sequence[int],
+        engine: Any,
+        closes: Callable[[], None],
+    ) -> None:
+        """`closes` is called when the engine is gone."""
+        self._closes = closes
         self._llm = llm
         self._make_params = make_params
         self._end_ids = tuple(end_ids)
@@ -108,6 +118,11 @@ class LlmFront:
 
     def shutdown(self) -> None:
         self._llm.shutdown()
+        self._closes()
+
+
+def _nothing() -> None:
+    pass
 
 
 def sampling_arguments(sampling: SamplingParams, max_tokens: int, end_ids: Sequence[int]) -> dict[str, Any]:
@@ -153,7 +168,8 @@ class TrtllmBuilt:
     version: str
     gpu: str
     mode: Mode
-    install: Callable[[Mode, Any, Tickets, Callable[[], Planner] | None], Pilot | None]
+    install: Callable[[Mode, Any, Tickets, Callable[[], Planner] | None], Pilot | RemotePilot | None]
+    tickets: Callable[[], Tickets]
     fingerprint: str = ""  # equal for instances whose answers go on where another's ended
 
     @property
@@ -185,8 +201,8 @@ class TrtllmBuilt:
         meter: Meter | None = None,
     ) -> TrtllmWorker:
         """The worker, with the planner in the engine's scheduler where the checks allowed it."""
-        tickets = Tickets()
-        pilots: list[Pilot] = []
+        tickets = self.tickets()
+        pilots: list[Pilot | RemotePilot] = []
 
         def mode() -> Mode:
             return pilots[0].mode if pilots else Mode.GOVERNOR
@@ -217,10 +233,11 @@ def build(config: EngineConfig, version_dir: Path) -> TrtllmBuilt:
     api = trtllm_api.load()
     check_device(config.tensorrt_llm.tensor_parallel)
     codec = Tokenizer(folder if (folder / "tokenizer_config.json").exists() else version_dir / "tokenizer")
+    ranks = Ranks() if config.tensorrt_llm.tensor_parallel > 1 and not is_compiled and api.has_inner else None
     llm = _load(config, version_dir, api, is_compiled)
     log.info("TensorRT-LLM %s loaded %s in %.1f s", api.version, folder, time.monotonic() - started)
     try:
-        built = _build(config, version_dir, api, llm, codec, is_compiled)
+        built = _build(config, version_dir, api, llm, codec, is_compiled, ranks)
     except BaseException:
         llm.shutdown()  # it holds the GPU's memory
         raise
@@ -229,14 +246,22 @@ def build(config: EngineConfig, version_dir: Path) -> TrtllmBuilt:
 
 
 def _build(
-    config: EngineConfig, version_dir: Path, api: Any, llm: Any, codec: Tokenizer, is_compiled: bool
+    config: EngineConfig,
+    version_dir: Path,
+    api: Any,
+    llm: Any,
+    codec: Tokenizer,
+    is_compiled: bool,
+    ranks: Ranks | None,
 ) -> TrtllmBuilt:
     folder = version_dir / config.model
     engine = getattr(getattr(llm, "_executor", None), "engine", None)
-    front = LlmFront(llm, api.SamplingParams, end_ids(folder), None if is_compiled else engine)
+    front = LlmFront(
+        llm, api.SamplingParams, end_ids(folder), None if is_compiled else engine, ranks.close if ranks else _nothing
+    )
     takes = None if is_compiled or not api.has_inner or engine is None else engine
-    findings = _findings(api, takes, is_compiled)
-    capabilities = _capabilities(config, takes)
+    findings = ranks.findings() if ranks is not None else _findings(api, takes, is_compiled)
+    capabilities = _capabilities(config, takes, ranks)
     mode = chosen_mode(config.tensorrt_llm.mode, findings)
     log.info("mode %s: %s", mode.value, "; ".join(findings.reasons) or "every check passed")
 
@@ -244,9 +269,11 @@ def _build(
 
     def put(
         wanted: Mode, watcher: Any, tickets: Tickets, planner: Callable[[], Planner] | None, perf: PerfModel
-    ) -> Pilot | None:
+    ) -> Pilot | RemotePilot | None:
         if mode is Mode.GOVERNOR:
             return None
+        if ranks is not None:
+            return ranks.fly(wanted, config.policy, perf, capabilities, watcher)
         make = planner or (lambda: POLICIES[config.policy](capabilities, perf))
         return install(takes, api, make, wanted, watcher, tickets)
 
@@ -255,13 +282,14 @@ def _build(
     perf = _time_model(config, version_dir, front, shadow, vocab_size)
     return TrtllmBuilt(
         front, codec, vocab_size, perf, capabilities, findings,
-        most_active=int(getattr(takes, "max_num_active_requests", config.max_batch_requests)),
+        most_active=_most_active(config, takes, ranks),
         stage_end=codec.token_id(config.think_end),
         version=api.version,
         gpu=_gpu_name(),
         mode=mode,
         install=partial(put, perf=perf),
         fingerprint=weights_fingerprint(folder, config.dtype),
+        tickets=Tickets if ranks is None else ranks.tickets,
     )  # fmt: skip
 
 
@@ -283,11 +311,6 @@ def check_settings(config: EngineConfig, version_dir: Path) -> None:
         raise ValueError(f"max_draft: speculation {own.speculation!r} needs at least 1, got 0")
     if own.speculation and own.overlap and own.mode == "full":
         raise ValueError("overlap: must be false where the planner chooses draft lengths (speculation in mode full)")
-    if own.tensor_parallel > 1 and own.mode in ("full", "trim", "shadow"):
-        raise ValueError(
-            f"mode: {own.mode!r} needs the engine in this process, so tensor_parallel 1; with {own.tensor_parallel} "
-            "GPUs the planner governs the queue in front: set mode to auto or governor"
-        )
     if config.block_tokens & (config.block_tokens - 1):
         raise ValueError(f"block_tokens: must be a power of two, got {config.block_tokens}")
     if config.max_batch_tokens < config.block_tokens:
@@ -423,8 +446,16 @@ def _findings(api: Any, engine: Any, is_compiled: bool) -> Findings:
     return Findings((why,))
 
 
-def _capabilities(config: EngineConfig, engine: Any) -> Capabilities:
-    """By the engine's own numbers where they are here; else by the settings, and memory is left to the engine."""
+def _most_active(config: EngineConfig, engine: Any, ranks: Ranks | None) -> int:
+    if ranks is not None and ranks.hello:
+        return int(ranks.hello["most_active"])
+    return int(getattr(engine, "max_num_active_requests", config.max_batch_requests))
+
+
+def _capabilities(config: EngineConfig, engine: Any, ranks: Ranks | None) -> Capabilities:
+    """By the engine's own numbers where they are known; else by the settings, and memory is left to the engine."""
+    if ranks is not None and ranks.hello:
+        return Capabilities(**{**ranks.hello["capabilities"], "max_context": config.max_context})
     if engine is None:
         blocks = config.max_batch_requests * -(-config.max_context // config.block_tokens)
         return Capabilities(
@@ -498,7 +529,7 @@ def _time_model(
     config: EngineConfig,
     version_dir: Path,
     front: LlmFront,
-    shadow: Callable[[], Pilot | None],
+    shadow: Callable[[], Pilot | RemotePilot | None],
     vocab_size: int,
 ) -> PerfModel:
     """A profile file, else the shipped time model of this GPU and model, else one measured in a warm-up run.
@@ -512,7 +543,7 @@ def _time_model(
         log.info("time model of %s", found[0])
         return found[1]
     pilot = shadow()
-    if pilot is not None:
+    if isinstance(pilot, Pilot):
         asyncio.run(_exercise(front, config, vocab_size, WARM_UP_SECONDS))
         fitted = fit_observed(pilot)
         if fitted is not None:

@@ -160,7 +160,17 @@ class Pilot:
                 collective(_compact(batch))
         if isinstance(batch, Wish):
             return self._carry_out(batch)
-        return self._cockpit.stock.schedule_request(active, inflight) if batch is None else batch
+        return self._fall_back(active, inflight) if batch is None else batch
+
+    def fly(self, mode: Mode, make_planner: Callable[[], Planner]) -> None:
+        """From the next iteration on, with another planner. To be called between two iterations."""
+        self._make_planner, self._planner = make_planner, make_planner()
+        self._flight = None
+        self._told.clear()
+        self._evicted.clear()
+        self._faults = 0
+        self.mode, self.reason = mode, "as ordered"
+        self._drove = self._drove or mode in (Mode.FULL, Mode.TRIM)
 
     @property
     def stock(self) -> Any:
@@ -194,7 +204,7 @@ class Pilot:
     def _decide(self, active: Sequence[Any], inflight: Collection[int]) -> Wish | Any:
         view = self._look(active)
         if self.mode is Mode.GOVERNOR and not self._drove:
-            return self._cockpit.stock.schedule_request(active, inflight)
+            return None
         wish = self._wish(view, inflight)
         if self.mode is Mode.FULL and wish is not None:
             batch = self._legal(wish, view, inflight)
@@ -217,6 +227,19 @@ class Pilot:
             elif not chosen.is_empty:
                 self._count("fallback", "nothing of the stock batch was planned")
         return self._legal(chosen, view, inflight)
+
+    def _fall_back(self, active: Sequence[Any], inflight: Collection[int]) -> Any:
+        """The stock's batch as it is; where the planner has held decodes before, they still join safely."""
+        stock = self._cockpit.stock.schedule_request(active, inflight)
+        try:
+            view = self._look(active)
+            chosen = self._from_stock(stock, view)
+            if self._drove and not any(seen.phase is Phase.FOREIGN for seen in view):
+                return self._carry_out(chosen)
+            self._note(chosen)
+        except Exception as error:
+            self._fault(error)
+        return stock
 
     def _look(self, active: Sequence[Any]) -> list[Seen]:
         self._time(active)
@@ -412,6 +435,7 @@ class Pilot:
 
     def _carry_out(self, batch: Wish) -> Any:
         """Write the chunk sizes, break stale hand-overs of tokens, and remember who ran."""
+        self._drove = True
         for seen, size in batch.contexts:
             seen.request.context_chunk_size = size
         for seen in batch.decodes:

@@ -90,15 +90,12 @@ def _distserve(capabilities: Capabilities, perf: PerfModel, parameters: Paramete
 # What is best most often comes first: the better the first, the sooner the others are ruled out.
 EXAMINED: Final[Mapping[str, Policy]] = {
     "slos_serve": ours(SETTINGS[""]),
+    "slos_serve_paper": Policy(_published, tuple({"cap": cap} for cap in (0.1, 0.06, 0.2, 0.04))),
     "sarathi": Policy(_sarathi, tuple({"budget": budget} for budget in (1024, 512, 256, 2048, 128, 4096))),
     "vllm": Policy(_vllm, tuple({"budget": budget} for budget in (4096, 2048, 8192))),
     "qoserve": Policy(
         _qoserve,
-        tuple(
-            {"alpha": alpha, "cap": cap}
-            for cap in (0.04, 0.06, 0.03, 0.1, 0.2)
-            for alpha in (4.0, 16.0, 1.0, 64.0, 0.0)
-        ),
+        tuple({"alpha": alpha, "cap": cap} for cap in (0.04, 0.06, 0.03, 0.1) for alpha in (4.0, 16.0, 1.0, 0.0)),
     ),
     "distserve": Policy(
         _distserve,
@@ -158,7 +155,8 @@ class Fleet:
     """What serves: `replicas` of a profile under a policy. `noise` is the sd of the lognormal iteration time.
 
     With `prefill` and `decode` each group of so many replicas splits the work; the policy is then the
-    prefill side's, and the decode side runs all its decodes in every iteration.
+    prefill side's, and the decode side runs all its decodes in every iteration. `acceptance` is the share of
+    right guesses where the profile's engine can draft.
     """
 
     profile: Profile
@@ -168,6 +166,7 @@ class Fleet:
     seed: int = 0
     prefill: int = 1
     decode: int = 0
+    acceptance: float = 0.0
 
     @property
     def groups(self) -> int:
@@ -235,6 +234,7 @@ def _alone(fleet: Fleet, index: int, share: Sequence[Turn], played: Played, watc
         {turn.request.id: turn.output_tokens for turn in share},
         fleet.make(fleet.profile.capabilities, fleet.profile.perf),
         fleet.engine(index),
+        acceptance=fleet.acceptance,
         follow_up=_follower(share) if any(turn.following for turn in share) else None,
         outcomes=played.outcomes,
         watch=watch,

@@ -28,6 +28,8 @@ from .workload import WORKLOADS, Arrival, Rng, Times, onoff_bursts, poisson, rep
 
 BLOCK_TOKENS: Final = 16
 OUTPUT_LIMIT: Final = 32768  # what every request asks for at most; the longest shipped output is shorter
+MAX_DRAFT: Final = 4
+DRAFT_SECONDS: Final = 0.0015  # a step of a draft model of about 125 M parameters, assumed
 BURST_FACTOR: Final = 5.0
 BURST_SHARE: Final = 0.15  # of the time
 MIN_BURSTS: Final = 5  # in every run
@@ -56,6 +58,12 @@ class Profile:
             chunk = min(most, tokens - past)
             total += self.perf.seconds(BatchShape(chunk, prefill_area=chunk * (past + 0.5 * chunk)))
         return total
+
+    def drafting(self) -> Profile:
+        """The same with a small draft model: up to `MAX_DRAFT` guesses, `DRAFT_SECONDS` for each step of it."""
+        pieces = tuple(replace(piece, per_step=DRAFT_SECONDS) for piece in self.perf.pieces)
+        capabilities = replace(self.capabilities, max_draft=MAX_DRAFT)
+        return replace(self, perf=replace(self.perf, pieces=pieces), capabilities=capabilities)
 
     @property
     def iteration_seconds(self) -> float:

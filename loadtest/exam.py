@@ -95,6 +95,7 @@ class Cell:
     burst_period: float = 60.0
     setting: str = ""
     untuned: bool = False
+    acceptance: float = 0.0
 
     @property
     def load(self) -> Load:
@@ -120,6 +121,7 @@ class Cell:
             "burst_period_s": self.burst_period,
             "setting": self.setting,
             "untuned": self.untuned,
+            "acceptance": self.acceptance,
         }
 
     def examined(self) -> Policy:
@@ -170,6 +172,7 @@ class Scene:
         make = partial(_planner, self.cell.examined(), parameters)
         split = {name: int(parameters[name]) for name in ("prefill", "decode") if name in parameters}
         fleet = Fleet(self.profile, make, self._gpus(parameters), self.cell.noise, self.cell.seed, **split)
+        fleet = replace(fleet, acceptance=self.cell.acceptance)
         return play(fleet, firsts, target)
 
     def _gpus(self, parameters: Parameters) -> int:
@@ -194,6 +197,7 @@ def scene(cell: Cell) -> Scene:
     else:
         known("workload", cell.workload, WORKLOADS)
     typical = _typical(cell.load, cell.profile, cell.slos, cell.ttft_floor_ms)
+    profile = profile.drafting() if cell.acceptance else profile
     return Scene(cell, profile, targets, *typical)
 
 
@@ -340,28 +344,41 @@ ONE: Final[Mapping[str, str]] = {
     "replicas": "1",
     "ttft_floor_ms": "0",
     "setting": "",
+    "acceptance": "0",
     "target": "0.9,0.95,0.99",
     "rule": ",".join(RULES),
 }
-_EVERYONE: Final = {**ONE, "policy": ",".join(EXAMINED), "workload": ",".join(WORKLOADS)}
+_EVERYONE: Final = {
+    **ONE,
+    "policy": ",".join(name for name in EXAMINED if name != "distserve"),
+    "workload": ",".join(WORKLOADS),
+}
+_SPLIT: Final = {"policy": "distserve", "target": "0.9", "rule": HEADLINE}  # slow to simulate
 # What is not given takes these values; each part is a product of its own.
 MATRIX: Final[Sequence[Mapping[str, str]]] = (
     {**_EVERYONE, "arrivals": "bursts,poisson", "profile": "a100-llama-3-8b,a100-opt-13b,h100-llama-3-8b"},
+    {**_EVERYONE, **_SPLIT},
     {**_EVERYONE, "ttft_floor_ms": "250"},
     {**_EVERYONE, "arrivals": "azure_code", "workload": "coding,mixed"},
     {**_EVERYONE, "arrivals": "azure_chat", "workload": "chatbot"},
 )
 _OURS: Final = {**ONE, "target": "0.9", "rule": HEADLINE, "workload": "chatbot,coding,mixed,reasoning"}
+_OPT: Final = "a100-opt-13b,a100-40gb-opt-13b"  # where KV memory binds
 _BOTH_MODELS: Final = "a100-llama-3-8b,a100-opt-13b"
 STUDIES: Final[Mapping[str, Sequence[Mapping[str, str]]]] = {
     "ablation": ({**_OURS, "profile": _BOTH_MODELS, "setting": ",".join(["", *ABLATIONS])},),
     "lengths": ({**_OURS, "workload": "chatbot,mixed", "profile": _BOTH_MODELS, "setting": ",".join(LENGTHS)},),
     "scaling": ({**_OURS, "workload": "coding,mixed", "policy": "slos_serve,sarathi", "replicas": "1,2,4,8"},),
     "equal_gpus": ({**_OURS, "workload": "coding,mixed", "policy": ",".join(EXAMINED), "replicas": "12"},),
+    "speculation": tuple(
+        {**_OURS, "workload": "chatbot,mixed", "profile": _OPT, "policy": policy, "acceptance": acceptance}
+        for policy, acceptance in (("slos_serve,slos_serve_paper", "0.7"), (",".join(EXAMINED), "0"))
+    ),
     "burst": ({**_OURS, "workload": "coding,mixed", "policy": "slos_serve,qoserve,vllm,sarathi"},),
     "paper": (
         {
             **_EVERYONE,
+            "policy": "slos_serve,slos_serve_paper,vllm,sarathi,distserve",
             "workload": "chatbot,coding,summarization,mixed,tool_calling,reasoning",
             "arrivals": "poisson,bursts",
             "profile": "a100-opt-13b-linear",
@@ -396,6 +413,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=600, help="at least so many sessions per run")
     parser.add_argument("--burst-period", type=float, default=60.0, help="seconds from one burst to the next")
     parser.add_argument("--slo", action="append", default=[], help="CLASS=TTFT/TPOT[/ANSWER_TPOT] in ms, TTFT also 5x")
+    parser.add_argument("--acceptance", help="share of a draft model's guesses that are right; 0: no draft model")
     parser.add_argument("--untuned", action="store_true", help="baselines as they come, nothing swept but ratios")
     several = parser.add_mutually_exclusive_group()
     several.add_argument("--all", action="store_true", help="the full matrix, resumable: what is not given varies")
@@ -430,6 +448,7 @@ def _part(args: argparse.Namespace, defaults: Mapping[str, str]) -> Iterator[Cel
     rules = tuple(rule for rule in RULES if rule in _known_rules(chosen["rule"]))
     rates: Sequence[float | None] = [None] if args.rate is None else _numbers("rate", args.rate, 1e-6, 1e6)
     noise = _numbers("noise", str(args.noise), 0, 1)[0]
+    acceptance = _numbers("acceptance", chosen["acceptance"], 0, 1)[0]
     burst_period = _numbers("burst-period", str(args.burst_period), 1, 1e6)[0]
     for workload, arrivals, profile, policy, setting, replicas, seed, floor, rate in itertools.product(
         _names(chosen["workload"]),
@@ -459,6 +478,7 @@ def _part(args: argparse.Namespace, defaults: Mapping[str, str]) -> Iterator[Cel
             min_requests=args.requests,
             burst_period=burst_period,
             setting=setting,
+            acceptance=acceptance,
             untuned=args.untuned or args.study == "paper",
         )
 

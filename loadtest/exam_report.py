@@ -33,6 +33,12 @@ COLOURS: Final[Mapping[str, str]] = {
 OTHER: Final = "#999999"
 
 
+_ABOUT: Final = (
+    *("workload", "arrivals", "profile", "policy", "replicas", "seed", "ttft_floor_ms", "setting", "untuned"),
+    *("acceptance", "targets", "rules", "rate"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
     """One figure: its file name, what it is called, and what it shows in a sentence."""
@@ -62,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read(paths: Iterable[Path]) -> tuple[list[Result], list[Result]]:
-    """All cells and burst experiments of the files. Raises ValueError naming a file that is none of ours."""
+    """All cells and burst experiments of the files; of a cell that is in several, the last.
+
+    Raises ValueError naming a file that is none of ours.
+    """
     cells: list[Result] = []
     bursts: list[Result] = []
     for path in paths:
@@ -74,12 +83,13 @@ def read(paths: Iterable[Path]) -> tuple[list[Result], list[Result]]:
             raise ValueError(f"{path}: not a file of exam results ({error!r})") from error
     if not cells and not bursts:
         raise ValueError(f"{', '.join(map(str, paths))}: no results")
-    return cells, bursts
+    return list({json.dumps([cell[name] for name in _ABOUT]): cell for cell in cells}.values()), bursts
 
 
 def pictures(cells: Sequence[Result], bursts: Sequence[Result]) -> list[Picture]:
     """All that the results allow."""
-    plain = [cell for cell in cells if not cell["setting"] and not cell["untuned"] and cell["capacity_per_gpu"]]
+    usual = [cell for cell in cells if not cell["untuned"] and not cell["acceptance"] and cell["capacity_per_gpu"]]
+    plain = [cell for cell in usual if not cell["setting"]]
     drawn: list[Picture] = []
     for family, group in grouped(plain, ("profile", "arrivals", "ttft_floor_ms", "replicas")):
         if len({cell["policy"] for cell in group}) > 1:
@@ -89,7 +99,7 @@ def pictures(cells: Sequence[Result], bursts: Sequence[Result]) -> list[Picture]
             drawn.append(_curves(family, group))
     drawn += [_burst(each) for each in bursts]
     for name, title in (("lengths_", "What knowing output lengths is worth"), ("", "What each part is worth")):
-        drawn += _settings(name, title, cells)
+        drawn += _settings(name, title, usual)
     drawn += _scaling(plain)
     drawn += _paper([cell for cell in cells if cell["untuned"]])
     return [picture for picture in drawn if picture.png]
@@ -332,12 +342,12 @@ def _windowed(part: Sequence[float], whole: Sequence[float], width: int) -> list
 def _settings(prefix: str, title: str, cells: Sequence[Result]) -> list[Picture]:
     """Capacity in each setting relative to the reference: the planner as shipped, or exact lengths."""
     lengths = bool(prefix)
-    own = [c for c in cells if c["policy"] == "slos_serve" and c["replicas"] == 1 and not c["untuned"]]
+    own = [c for c in cells if c["policy"] == "slos_serve" and c["replicas"] == 1]
     own = [c for c in own if not c["setting"] or c["setting"].startswith("lengths_") == lengths]
     reference = "lengths_exact" if lengths else ""
     rates: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for cell in own:
-        if cell["arrivals"] == "bursts" and not cell["ttft_floor_ms"] and cell["capacity_per_gpu"]:
+        if cell["arrivals"] == "bursts" and not cell["ttft_floor_ms"]:
             where = (cell["workload"], cell["profile"])
             rates.setdefault(where, {}).setdefault(cell["setting"], []).append(headline(cell))
     rates = {where: found for where, found in rates.items() if len(found) > 1 and any(found.get(reference, []))}
@@ -345,7 +355,7 @@ def _settings(prefix: str, title: str, cells: Sequence[Result]) -> list[Picture]
     if not rates or not names:
         return []
     ratios = [[_ratio(found.get(name), found[reference]) for found in rates.values()] for name in names]
-    figure, subplots = _figure(1.15 * len(rates) + 3.2, 0.42 * len(names) + 1.9)
+    figure, subplots = _figure(max(1.15 * len(rates) + 3.2, 7.0), 0.42 * len(names) + 1.9)
     axes = subplots()
     axes.imshow(ratios, cmap="RdYlGn", vmin=0.6, vmax=1.4, aspect="auto")
     for y, row in enumerate(ratios):
@@ -490,6 +500,7 @@ def _table(cells: Sequence[Result]) -> str:
 
 def _row(cell: Result, pairs: Sequence[tuple[str, str]]) -> str:
     told = " ".join(f"{name}={value:g}" for name, value in (cell["parameters"] or {}).items()) or cell["setting"]
+    told += f" drafts {cell['acceptance']:g}" if cell["acceptance"] else ""
     values = [str(cell[name]) for name in ("workload", "arrivals", "profile", "policy")]
     values += [told, str(cell["replicas"]), f"{cell['ttft_floor_ms']:g}"]
     values.append(f"{cell['bound']['least']:.3g}" if cell.get("bound") else "")

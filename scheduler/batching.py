@@ -44,6 +44,8 @@ from .timemodel import MARGIN, batch_seconds, tokens_within
 _ADMITTED: Final = int(Verdict.ADMITTED)
 _MISSED: Final = int(Verdict.MISSED)
 _RELEGATED: Final = int(Verdict.RELEGATED)
+_MEMORY: Final = int(Verdict.MEMORY)
+SCARCE: Final = 0.02  # share of the blocks below which memory is what everybody waits for
 
 # `limits`: what the engine and the configuration allow (float64), and the memory there is.
 FREE_BLOCKS: Final = 0
@@ -465,7 +467,31 @@ def place_line(
             load[TOKENS] += chunk
             load[MEMBERS] += 1
             in_batch[slot] = True
-    return pending or blocked
+    return pending
+
+
+@compiled
+def memory_binds(verdict: Any, limits: Any) -> bool:
+    """Whether somebody was declined for want of memory, or hardly any is left."""
+    short = limits[FREE_BLOCKS] < SCARCE * limits[NUM_BLOCKS]
+    for each in verdict:
+        short = short or each == _MEMORY
+    return bool(short)
+
+
+@compiled
+def choose_guesses(
+    real: Any, whole: Any, members: Any, perf: Any, limits: Any, context: float, longest: float, steps: Any
+) -> int:
+    """`steps[slot]` guesses for each decode of an iteration of at most `longest` seconds; returns the most."""
+    most = int(limits[MAX_DRAFT])
+    if members.size == 0:
+        return 0
+    if limits[BY_TIER] > 0.5:
+        tier_steps(real, members, context, perf, most, longest, limits[OWN_DRAFT] > 0.5, steps)
+    else:
+        steps[members] = draft_steps(real, whole, members, context, perf, most, longest)
+    return int(steps[members].max())
 
 
 @compiled
@@ -542,27 +568,35 @@ def compose(
     chosen = np.empty(n, np.int64)
     line, spare = np.empty(n + 1, np.int64), np.empty(n, np.int64)
     size, num_spare, starving = serving_order(real, whole, active, now, accepted, admitted, limits, line, spare)
+    steps = np.zeros(slots, np.int64)
+    guessed = 0.0
     if not decodes_wait:
         make_room_for_decodes(whole, decodes, accepted, spare[:num_spare], in_batch, limits, evicted, counts)
         place_promised(whole, decodes, chosen, in_batch, limits, load)
+        if limits[MAX_DRAFT] > 0 and memory_binds(verdict, limits):
+            # Memory is what everybody waits for: decodes that end sooner are worth more than prefill.
+            members = chosen[: int(load[DECODES])]
+            longest = choose_guesses(real, whole, members, perf, limits, load[CONTEXT], period, steps)
+            guessed = float(steps.sum())
+            drafting = batch_seconds(perf, load[TOKENS] + guessed, load[CONTEXT], 0.0, longest)
+            drafting -= batch_seconds(perf, load[TOKENS] + guessed, load[CONTEXT], 0.0, 0.0)
+            period, idle = period - drafting, idle - drafting
+    load[TOKENS] += guessed
     left_over = place_line(
         whole, line[:size], accepted, spare[:num_spare], admitted, starving, period, idle, chosen, in_batch,
         perf, limits, load, batch, evicted, counts,
     )  # fmt: skip
+    load[TOKENS] -= guessed
 
     if decodes_wait and load[MEMBERS] == 0:
         # The urgent prompt found no memory after all: the decodes it would have displaced run.
         make_room_for_decodes(whole, decodes, accepted, spare[:num_spare], in_batch, limits, evicted, counts)
         place_promised(whole, decodes, chosen, in_batch, limits, load)
 
-    steps = np.zeros(slots, np.int64)
     members = chosen[: int(load[DECODES])]
-    if limits[MAX_DRAFT] > 0 and members.size > 0 and counts[ROWS] == 0 and not left_over:
+    if limits[MAX_DRAFT] > 0 and guessed == 0.0 and members.size > 0 and counts[ROWS] == 0 and not left_over:
         # Nothing waits for the time that guesses take.
-        if limits[BY_TIER] > 0.5:
-            tier_steps(real, members, load[CONTEXT], perf, int(limits[MAX_DRAFT]), idle, limits[OWN_DRAFT] > 0.5, steps)
-        else:
-            steps[members] = draft_steps(real, whole, members, load[CONTEXT], perf, int(limits[MAX_DRAFT]), idle)
+        choose_guesses(real, whole, members, perf, limits, load[CONTEXT], idle, steps)
     counts[STEPS] = write_decodes(whole, members, steps, limits, load, batch, counts)
     if counts[ROWS] == 0:
         return 0.0

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias
 
-from .core import Plan, Request, RequestId, Stage, StepReport
+import numpy as np
+
+from .core import Advances, Plan, Request, RequestId, Stage, StepReport
 from .engine import Planner
 from .simulator import Outcome, SimulatedEngine
 
@@ -87,7 +89,7 @@ class Disaggregated:
     timed: Callable[[Callable[[], Plan]], Plan] = lambda plan: plan()
     _events: list[tuple[float, int, Literal["arrival", "kv", "step"], object]] = field(default_factory=list)
     _count: int = 0
-    _left: dict[RequestId, int] = field(default_factory=dict)
+    _tokens: dict[RequestId, int] = field(default_factory=dict)
     _arrived: list[Outcome] = field(default_factory=list)
     _first_at: list[float] = field(default_factory=list)
     _serial: dict[RequestId, int] = field(default_factory=dict)
@@ -118,7 +120,7 @@ class Disaggregated:
         self._serial[request.id] = len(self._arrived)
         self._arrived.append(self.outcomes[request.id])
         self._first_at.append(math.inf)
-        self._left[request.id] = tokens
+        self._tokens[request.id] = tokens
         replica = min(self.prefill, key=lambda each: each.load)
         replica.inbox.append((replace(request, stages=(Stage(1, request.stages[0].slo),)), 1))
         return replica
@@ -129,7 +131,7 @@ class Disaggregated:
         known = request.prompt_tokens
         stages = (Stage(max(request.max_new_tokens - 1, 1), request.stages[-1].slo),)
         moved = replace(request, prompt_tokens=known + 1, cached_tokens=known, stages=stages)
-        replica.inbox.append((moved, self._left[request.id]))
+        replica.inbox.append((moved, self._tokens[request.id] - 1))
         return replica
 
     def _start(self, replica: Replica, now: float) -> None:
@@ -150,20 +152,21 @@ class Disaggregated:
         report, replica.running = replica.running, None
         assert report is not None
         replica.planner.report(report)
-        for advance in report.advances:
-            name = advance.request_id
+        advances = report.advances
+        assert isinstance(advances, Advances)
+        for name, new in zip(advances.ids, advances.numbers[:, 1].tolist(), strict=True):
             outcome = self.outcomes[name]
-            if advance.new_tokens and not outcome.token_times:
+            if new and not outcome.token_times:
                 self._first_at[self._serial[name]] = now
-            outcome.token_times.extend([now] * advance.new_tokens)
-            self._left[name] -= advance.new_tokens
-            if advance.done:
-                replica.live -= 1
-                self._hand_over(outcome.request, now)
+            outcome.token_times.extend([now] * new)
+        for i in np.flatnonzero(advances.numbers[:, 4]).tolist():
+            replica.live -= 1
+            self._hand_over(self.outcomes[advances.ids[i]], now)
 
-    def _hand_over(self, request: Request, now: float) -> None:
+    def _hand_over(self, outcome: Outcome, now: float) -> None:
         """After a replica is done with it: to a decode replica, or the session's next round."""
-        if self._left[request.id] > 0:
+        request = outcome.request
+        if len(outcome.token_times) < self._tokens[request.id]:
             self._at(now + self.link.seconds(request.prompt_tokens), "kv", (request,))
             return
         following = self.follow_up(request.id, now) if self.follow_up is not None else None

@@ -12,9 +12,19 @@ import torch
 
 from slos_serve.backend.launcher import Server
 from slos_serve.backend.tokenizer import Tokenizer
+from slos_serve.scheduler import Advance, Capabilities, PerfModel, Piece, Request, Scheduler, Slo, Stage, StepReport
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_TEXT = "def f(x):\n    return x + 1  # naïve café 😀😃🎉 日本語のテキスト\n" * 20
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_planner() -> None:
+    """The planner's machine code is there before any test waits for an answer with a time limit."""
+    scheduler = Scheduler(Capabilities(64, 16, 512, 8, 1024), PerfModel((Piece(0.01, 1e-5),)))
+    scheduler.add(Request("warm-up", 0.0, 8, (Stage(2, Slo(1.0, 1.0)),)), 0.0)
+    scheduler.plan(0.0)
+    scheduler.report(StepReport(0.0, 0.01, (Advance("warm-up", 8, 1),)))
 
 
 @pytest.fixture(scope="session")

@@ -241,7 +241,7 @@ def test_a_trace_of_ones_own(tmp_path: Path) -> None:
         (("--policy", "magic"), "unknown policy 'magic'; known: distserve, qoserve, sarathi"),
         (("--workload", "poetry"), "unknown workload 'poetry'; known: chatbot"),
         (("--arrivals", "never"), "unknown arrivals 'never'; known: azure_chat"),
-        (("--profile", "abacus"), "unknown profile 'abacus'; known: a100-llama-3-8b"),
+        (("--profile", "abacus"), "unknown profile 'abacus'; known: a100-40gb-opt-13b, a100-llama-3-8b"),
         (("--rule", "kind"), "unknown rule 'kind'; known: blocks"),
         (("--rate", "fast"), "--rate: must be numbers"),
         (("--rate", "0"), "--rate: must be numbers in"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -16,7 +18,7 @@ import torch
 from callers import PATIENCE, Caller
 from trtllm_standin import next_token
 
-from slos_serve.backend import trtllm_engine
+from slos_serve.backend import trtllm_engine, trtllm_ranks
 from slos_serve.backend.build import build_engine
 from slos_serve.backend.cli import main
 from slos_serve.backend.config import parse_config, read_config
@@ -200,6 +202,9 @@ def test_a_dead_engine_is_noticed_and_everybody_is_answered(
     caller.wait()
     assert caller.refusal is not None
     assert caller.refusal.code == "INTERNAL"
+    until = time.monotonic() + PATIENCE
+    while running.failure is None and time.monotonic() < until:
+        time.sleep(0.01)
     assert "event loop has ended" in str(running.failure)
     with pytest.raises(Refusal) as refused:
         running.send("late", input_ids=[5], max_tokens=1)
@@ -252,7 +257,6 @@ def test_shipped_profiles_are_chosen_by_gpu_and_model(version: Path) -> None:
         ({"draft_model": "target"}, {"speculation": "ngram"}, "draft_model: speculation 'ngram' has none"),
         ({"max_draft": 0}, {"speculation": "ngram"}, "max_draft: speculation 'ngram' needs at least 1"),
         ({}, {"speculation": "ngram", "overlap": True, "mode": "full"}, "overlap: must be false"),
-        ({}, {"tensor_parallel": 2, "mode": "full"}, "mode: 'full' needs the engine in this process"),
         ({}, {"tensor_parallel": 2}, "tensor_parallel: 2 GPUs are needed, 1 are there"),
         ({"profile": "mine.json"}, {}, "profile: there is no file"),
     ],
@@ -375,3 +379,70 @@ def test_the_check_command_passes_on_the_stand_in(
     assert isinstance(again, TrtllmBuilt)
     assert again.perf.to_json() == report["fit"]["perf"]
     again.front.shutdown()
+
+
+# Several GPUs
+
+
+@pytest.fixture
+def two_gpus(gpu: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two of them, and ranks whose interpreter has run the line of the .pth file; as it was, afterwards."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    creator = importlib.import_module(trtllm_ranks.CREATOR)
+    original = creator.create_py_executor
+    load = trtllm_engine._load
+    monkeypatch.setattr(trtllm_engine, "_load", lambda *args: (trtllm_ranks.bootstrap(), load(*args))[1])
+    yield
+    creator.create_py_executor = original
+    os.environ.pop(trtllm_ranks.VARIABLE, None)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
+def test_two_ranks_run_what_the_first_one_plans(replica: Callable[..., Replica], two_gpus: None, overlap: bool) -> None:
+    """The planner sits in rank 0, SLOs reach it over the link, and both ranks end with the same texts."""
+    running = replica(mode="full", overlap=overlap, tensor_parallel=2)
+    assert running.built.mode.value == "full"
+    prompts = [[5 + i] * (3 + 5 * i) for i in range(16)]
+    slo_class = ["chatbot", "best_effort"]
+    callers = [
+        running.send(f"r{i}", input_ids=prompt, max_tokens=12, slo_class=slo_class[i % 2], return_token_ids=True)
+        for i, prompt in enumerate(prompts)
+    ]
+    for prompt, caller in zip(prompts, callers, strict=True):
+        ids = [token for response in caller.wait().responses for token in response.get("output_ids", [])]
+        assert ids == answer(prompt, 12)
+    admitted = [caller.receipt["admitted"] for caller in callers]
+    assert any(admitted[::2])
+    assert not any(admitted[1::2])
+    llm = running.built.front._llm
+    running.close()
+    assert [other.outputs for other in llm.others] == [llm._engine.outputs]
+    assert running.counted("slos_serve_iterations_total")
+
+
+def test_ranks_that_do_not_call_are_governed_from_the_front(
+    replica: Callable[..., Replica], gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the .pth line no rank gets a planner; the reason says so, and requests are served."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(trtllm_ranks, "HELLO_SECONDS", 0.1)
+    running = replica(tensor_parallel=2)
+    assert running.built.mode.value == "governor"
+    assert "install the .pth line" in running.built.findings.reasons[0]
+    assert running.send("r", input_ids=[5] * 9, max_tokens=5).wait().receipt["admitted"]
+    os.environ.pop(trtllm_ranks.VARIABLE, None)
+
+
+def test_the_ranks_imports_are_left_alone_until_the_creator_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finder waits for one module, wraps its function, and steps aside."""
+    monkeypatch.setenv(trtllm_ranks.VARIABLE, "{}")
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.delitem(sys.modules, trtllm_ranks.CREATOR, raising=False)
+    before = len(sys.meta_path)
+    trtllm_ranks.bootstrap()
+    assert len(sys.meta_path) == before + 1
+    importlib.import_module("wave")
+    creator = importlib.import_module(trtllm_ranks.CREATOR)
+    assert creator.create_py_executor.is_slos_serve
+    assert len(sys.meta_path) == before
+    del sys.modules[trtllm_ranks.CREATOR]

@@ -15,10 +15,11 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trtllm_standin import RELEASES, Drafter, Executor
+from trtllm_standin import RELEASES, Dist, Drafter, Executor
 
 RELEASE = {release.name: release for release in RELEASES}[os.environ.get("STANDIN_RELEASE", "1.2")]
 
@@ -136,18 +137,29 @@ class LLM:
         blocks = 2 + 6 * -(-arguments["max_seq_len"] // size)
         drafting = arguments.get("speculative_config")
         config = json.loads((Path(arguments["model"]) / "config.json").read_text())
-        engine = Executor(
-            RELEASE, overlap=not arguments["disable_overlap_scheduler"], num_blocks=blocks, tokens_per_block=size,
+        ranks = int(arguments["tensor_parallel_size"])
+        from tensorrt_llm._torch.pyexecutor.py_executor_creator import create_py_executor
+
+        inboxes: tuple[Any, ...] = tuple(queue.SimpleQueue() for _ in range(ranks))
+        make = partial(
+            create_py_executor, RELEASE, overlap=not arguments["disable_overlap_scheduler"],
+            num_blocks=blocks, tokens_per_block=size,
             max_batch_size=arguments["max_batch_size"], max_num_tokens=arguments["max_num_tokens"],
             reuse=bool(arguments["kv_cache_config"].enable_block_reuse),
             drafter=Drafter(drafting.max_draft_len) if drafting is not None else None,
             seconds=lambda tokens, context: pace * (1 + tokens / 200), vocabulary=int(config["vocab_size"]),
         )  # fmt: skip
+        engines = [make(dist=Dist(rank, tp_size=ranks, inboxes=inboxes)) for rank in range(ranks)]
+        engine = engines[0]
         engine.on_tokens = self._on_tokens
-        engine.worker_thread = threading.Thread(target=self._run, daemon=True)  # type: ignore[attr-defined]
-        self._executor = Worker(engine) if arguments["tensor_parallel_size"] == 1 else None
+        engine.worker_thread = threading.Thread(target=self._run, daemon=True)
+        # The ranks of several GPUs are processes of their own there, and threads here: out of the front's sight.
+        self._executor = Worker(engine) if ranks == 1 else None
         self._engine = engine
-        self._thread: threading.Thread = engine.worker_thread  # type: ignore[attr-defined]
+        self.others = engines[1:]
+        for other in self.others:
+            threading.Thread(target=self._follow, args=(other,), daemon=True).start()
+        self._thread: threading.Thread = engine.worker_thread
         self._thread.start()
 
     def generate_async(self, inputs: Sequence[int], params: SamplingParams, streaming: bool) -> RequestOutput:
@@ -171,24 +183,39 @@ class LLM:
         if reason is not None:
             del self._outputs[client_id]
 
+    def _follow(self, engine: Executor) -> None:
+        """Another rank: the same requests at the same iterations, the same loop."""
+        while (calls := engine.dist.broadcast(None)) is not None:
+            self._apply(engine, calls)
+            engine.step()
+
+    def _apply(self, engine: Executor, calls: Sequence[tuple[Any, ...]]) -> None:
+        for kind, *values in calls:
+            if kind == "add":
+                engine.enqueue(*values)
+            elif kind == "cancel":
+                engine.cancel(*values)
+
     def _run(self) -> None:
         engine = self._engine
         while not self._stop:
-            self._take(wait=engine.is_idle)
+            calls = self._take(wait=engine.is_idle)
+            self._apply(engine, calls)
+            engine.dist.broadcast(calls)
             if engine.iterations == self.fails_at:
                 break  # as after an exception in the loop: nobody answers any more
             before = engine.clock
             engine.step()
             time.sleep(max(engine.clock - before, 0.0))
+        engine.dist.broadcast(None)
 
-    def _take(self, wait: bool) -> None:
+    def _take(self, wait: bool) -> list[tuple[Any, ...]]:
+        calls: list[tuple[Any, ...]] = []
         try:
-            call = self.calls.get(timeout=0.2 if wait else 0) if wait else self.calls.get_nowait()
+            call = self.calls.get(timeout=0.2) if wait else self.calls.get_nowait()
             while True:
-                if call[0] == "add":
-                    self._engine.enqueue(*call[1:])
-                elif call[0] == "cancel" and call[1] in self._outputs:
-                    self._engine.cancel(call[1])
+                if call[0] == "add" or (call[0] == "cancel" and call[1] in self._outputs):
+                    calls.append(call)
                 call = self.calls.get_nowait()
         except queue.Empty:
-            return
+            return calls

@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 VOCABULARY = 997
@@ -445,9 +446,19 @@ class SimpleScheduler:
 
 @dataclass
 class Dist:
+    """One rank of a group. The others' inboxes are where a broadcast of rank 0 goes."""
+
     rank: int = 0
     pp_size: int = 1
     tp_size: int = 1
+    inboxes: tuple[SimpleQueue[Any], ...] = ()
+
+    def broadcast(self, value: Any, root: int = 0) -> Any:
+        if self.rank == root:
+            for inbox in self.inboxes[1:]:
+                inbox.put(value)
+            return value
+        return self.inboxes[self.rank].get(timeout=60)
 
 
 class ScheduledRequests:
@@ -516,6 +527,7 @@ class Executor:
         drafter: Drafter | None = None,
         seconds: Callable[[int, int], float] = lambda tokens, context: 0.01 + 0.0001 * tokens,
         vocabulary: int = VOCABULARY,
+        dist: Dist | None = None,
     ) -> None:
         self.vocabulary = vocabulary
         self.release = release
@@ -528,7 +540,7 @@ class Executor:
         self.max_beam_width = 1
         self.enable_attention_dp = False
         self.kv_cache_transceiver = None
-        self.dist = Dist()
+        self.dist = dist or Dist()
         self.drafter = drafter
         self.active_requests: list[LlmRequest] = []
         self.inflight_req_ids: set[int] = set()
