@@ -322,3 +322,18 @@ def test_separate_replicas_serve_every_session(prefill: int, decode: int) -> Non
             times = played.outcomes[turn.request.id].token_times
             assert len(times) == turn.output_tokens
             assert times == sorted(times)
+
+
+@pytest.mark.parametrize("policy", ["slos_serve", "sarathi"])
+def test_more_replicas_do_not_attain_less(policy: str) -> None:
+    """On one fixed trace, twice the replicas attain at least as much, within two points."""
+    rate, attained = 6.0, []
+    firsts = exam.scene(exam.Cell("coding", "bursts", "a100-llama-3-8b", policy, 1, 0, min_requests=200)).firsts(rate)[0]
+    for replicas in (1, 2, 4):
+        cell = exam.Cell("coding", "bursts", "a100-llama-3-8b", policy, replicas, 0, min_requests=200)
+        ready = exam.scene(cell)
+        played = ready.play(cell.examined().sweep[0], firsts)
+        attained.append(score(firsts, played, rate=rate, seconds=1.0, dropped=0).attainment["strict"])
+    assert attained[1] >= attained[0] - 0.02
+    assert attained[2] >= attained[1] - 0.02
+    assert attained[2] > attained[0]

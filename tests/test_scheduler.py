@@ -329,3 +329,61 @@ def test_the_compiled_simulation_equals_the_calls(seed: int, policy: str, sessio
         return [(outcome.token_times, outcome.preemptions) for outcome in outcomes.values()]
 
     assert play(None) == play(lambda plan, report: None)
+
+
+@pytest.mark.parametrize("waiting", [1, 6])
+def test_starvation_is_bounded(waiting: int) -> None:
+    """Under an overload of promised work each of b best-effort requests advances within patience + b + 1 iterations."""
+    patience = 1.0
+    stream = [request(f"r{i}", at=0.08 * i, prompt=1200, new=10, ttft=1.0, tpot=0.1) for i in range(400)]
+    spare = [best_effort(f"b{i}", prompt=300, new=15) for i in range(waiting)]
+    scheduler = Scheduler(CAPS, PERF, PlannerConfig(patience=patience))
+    served, longest, widest = {r.id: 0.0 for r in spare}, 0.0, 0.0
+
+    def note(plan: Plan, report: StepReport) -> None:
+        nonlocal longest, widest
+        longest = max(longest, report.finished_at - report.started_at)
+        for advance in report.advances:
+            if advance.request_id in served:
+                widest = max(widest, report.finished_at - served[advance.request_id])
+                served[advance.request_id] = report.finished_at
+
+    outputs = {r.id: r.max_new_tokens for r in (*spare, *stream)}
+    outcomes = simulate([*spare, *stream], outputs, scheduler, SimulatedEngine(CAPS, PERF), on_step=note)
+    assert patience < widest <= patience + (waiting + 1) * longest
+    assert all(len(outcomes[r.id].token_times) == 15 for r in spare)
+
+
+def test_two_thousand_equal_prompts_of_twenty_paces_are_planned() -> None:
+    """A burst far beyond the machine is planned in one call: some are admitted, in order of deadline, and all end."""
+    requests = [request(f"r{i}", prompt=200, new=2, ttft=2.0, tpot=0.05 + 0.005 * (i % 20)) for i in range(2000)]
+    scheduler = Scheduler(CAPS, PERF)
+    for each in requests:
+        scheduler.add(each, 0.0)
+    admitted = [decision.admitted for decision in scheduler.plan(0.0).decisions]
+    assert 20 < sum(admitted) < 1000
+    outcomes, _ = run(requests)
+    assert all(len(outcome.token_times) == 2 for outcome in outcomes.values())
+
+
+def test_a_prefix_hit_is_less_to_prefill() -> None:
+    """With most of each prompt cached, more requests of the same burst keep their deadline."""
+    caps = Capabilities(20_000, 16, 2048, 64, 4096)
+    kept = []
+    for cached in (0, 800):
+        burst = [request(f"r{i}", prompt=1000, new=5, ttft=1.0, cached_tokens=cached) for i in range(40)]
+        outcomes, _ = run(burst, caps)
+        kept.append(sum(outcome.attained for outcome in outcomes.values()))
+    assert kept[1] > 2 * kept[0]
+
+
+@pytest.mark.parametrize("lengths", ["class_mean", "quantile", "none"])
+def test_unknown_lengths_overflow_in_an_orderly_way(lengths: str) -> None:
+    """Where outputs are longer than anybody expected and memory runs out, everybody still gets every token."""
+    caps = Capabilities(num_blocks=120, block_tokens=16, max_batch_tokens=512, max_batch_requests=32, max_context=1800)
+    requests = [request(f"r{i}", at=0.02 * i, prompt=100, new=600, ttft=1.0, tpot=0.2) for i in range(20)]
+    outcomes, scheduler = run(requests, caps, PlannerConfig(lengths=lengths))
+    assert all(len(outcome.token_times) == 600 for outcome in outcomes.values())
+    assert sum(outcome.preemptions for outcome in outcomes.values()) > 0
+    assert any(outcome.attained for outcome in outcomes.values())
+    assert scheduler.free_blocks == caps.num_blocks
