@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_SECONDS: Final = 0.1
+TOGETHER_SECONDS: Final = 0.02
 
 
 class Outlet(Protocol):
@@ -161,7 +162,9 @@ class Lane(threading.Thread):
         self.events: SimpleQueue[Event | None] = SimpleQueue()
         self._gone = gone
         self._open: set[Reply] = set()
-        self._held: dict[Reply, None] = {}
+        self._held: dict[Reply, None] = {}  # tokens wait for others, the first of them until `_due`
+        self._due = 0.0
+        self._now = 0.0
         self._poll_at = 0.0
 
     def run(self) -> None:
@@ -169,16 +172,15 @@ class Lane(threading.Thread):
         while running:
             events = self._take()
             running = None not in events
-            waiting, self._held = self._held, {}
+            waiting: dict[Reply, None] = {}
+            self._now = time.monotonic()
             for event in events:
                 if event is not None:
                     self._apply(event, waiting)
-            now = time.monotonic()
+            if self._held and (self._now >= self._due or not running):
+                self._release(waiting, math.inf if not running else self._now + TOGETHER_SECONDS)
             for reply in waiting:
-                if now < reply.hold_until and reply.finish_reason is None and running:
-                    self._held[reply] = None
-                else:
-                    self._guarded(reply, reply.flush)
+                self._guarded(reply, reply.flush)
             self._poll()
 
     def _take(self) -> list[Event | None]:
@@ -186,13 +188,21 @@ class Lane(threading.Thread):
         events: list[Event | None] = []
         timeout = POLL_SECONDS if self._open else None
         if self._held:
-            timeout = min(max(min(reply.hold_until for reply in self._held) - time.monotonic(), 0.0), POLL_SECONDS)
+            timeout = min(max(self._due - time.monotonic(), 0.0), POLL_SECONDS)
         try:
             events.append(self.events.get(timeout=timeout))
             while True:
                 events.append(self.events.get_nowait())
         except Empty:
             return events
+
+    def _release(self, waiting: dict[Reply, None], until: float) -> None:
+        """Let go what was held long enough, and a little early what would be next: fewer wake-ups."""
+        for reply in [reply for reply in self._held if reply.hold_until <= until]:
+            del self._held[reply]
+            if not reply.outlet.is_closed:
+                waiting[reply] = None
+        self._due = min((reply.hold_until for reply in self._held), default=0.0)
 
     def _apply(self, event: Event, waiting: dict[Reply, None]) -> None:
         reply = event.reply
@@ -208,12 +218,18 @@ class Lane(threading.Thread):
             self._open.add(reply)
         elif isinstance(event, Failed):
             waiting.pop(reply, None)
+            self._held.pop(reply, None)
             self._guarded(reply, reply.flush)
             self._guarded(reply, lambda: reply.outlet.fail(event.refusal))
         else:
             self._guarded(reply, lambda: reply.push(event.ids))
             reply.finish_reason, reply.receipt = event.finish_reason, event.receipt
-            waiting[reply] = None
+            if event.finish_reason is not None or self._now >= reply.hold_until:
+                waiting[reply] = None
+                self._held.pop(reply, None)
+            elif reply not in self._held:
+                self._due = min(self._due, reply.hold_until) if self._held else reply.hold_until
+                self._held[reply] = None
 
     def _claim(self, reply: Reply, outlet: Outlet) -> None:
         """What was said meanwhile goes first; a ticket that expired is refused."""

@@ -69,7 +69,7 @@ class Call:
         self._send(told, final=(reason, receipt))
 
     def abandon(self, reason: str, at: float) -> None:
-        """The last response where no instance wrote one."""
+        """The last response where no instance wrote one; nothing where there was one."""
         if self.is_placement:
             self.fail(Refusal("CANCELLED", reason))
         elif not self.outlet.is_closed:

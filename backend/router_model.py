@@ -122,6 +122,7 @@ class TritonPythonModel:
 
     def _end(self, call: Call) -> None:
         del self._calls[call.id], self._tasks[call]
+        call.abandon("cancelled before anything was done", time.monotonic())  # nothing where it was answered
 
     def _stop(self, request_id: str, outlet: TritonOutlet) -> None:
         """The instance that has it writes the last response; if none does within a second, we do."""

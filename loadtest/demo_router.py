@@ -32,7 +32,7 @@ from slos_serve.client.stream import StreamError
 from .demo import measured_rate
 
 LOCUSTFILE: Final = Path(__file__).with_name("locustfile.py")
-LOAD: Final = 0.6  # of what `demo` would play: the third instance's restart takes a core
+LEAST_RATE: Final = 1.5  # arrivals per second, or nobody would be there to lose a server
 READY_SECONDS: Final = 600.0
 GRACE_SECONDS: Final = 90.0
 PHASES: Final = ("before", "during", "after")
@@ -178,7 +178,7 @@ async def demonstrate(args: argparse.Namespace, addresses: Addresses, folder: Pa
     victim = addresses.instances[0]
     async with SlosClient(addresses.router, "slos_router") as client:
         rng = np.random.default_rng(0)
-        rate = args.rate or LOAD * (await measured_rate([("grpc", client, 1.0)], rng))[0]
+        rate = args.rate or max(LEAST_RATE, (await measured_rate([("grpc", client, 1.0)], rng))[0])
     print(f"{rate:.2f} arrivals/s in bursts of five times that, placed by the router, a fifth through HTTP", flush=True)
     locust = await _locust(addresses, rate, folder)
     try:

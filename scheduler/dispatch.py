@@ -42,7 +42,7 @@ class Load:
 
     `queued_tokens` are promised prompt tokens not computed yet, `idle_tokens` those of best effort. An iteration
     of the present decodes takes `step` seconds and each further token `per_token`. `tightest` is the smallest
-    TPOT promised to anybody here.
+    TPOT promised to anybody here. A batch has room for `slots` requests.
     """
 
     queued_tokens: float = 0.0
@@ -55,6 +55,7 @@ class Load:
     free_blocks: float = math.inf
     num_blocks: float = math.inf
     block_tokens: float = 16.0
+    slots: float = math.inf
 
     def to_json(self) -> dict[str, float | None]:
         """JSON has no infinity: null stands for it."""
@@ -102,6 +103,7 @@ def load_of(
         free_blocks=float(snapshot.free_blocks),
         num_blocks=float(snapshot.num_blocks),
         block_tokens=float(capabilities.block_tokens),
+        slots=float(capabilities.max_batch_requests),
     )
 
 
@@ -217,12 +219,13 @@ def _cost(fleet: Fleet, ask: Ask, ages: Floats | float) -> Floats:
         idle: Floats = np.minimum(expected, 1e3) + busy + 0.01 * t[_ROW["requests"]]
         return idle
     slack = max(ask.ttft, 1e-3)
+    requests = t[_ROW["requests"]]
+    share = requests / (requests.mean() + 4.0) + requests / t[_ROW["slots"]]
     pace = np.minimum(t[_ROW["tightest"]], ask.tpot)
     late = expected > ask.ttft
     blocks = (_new_tokens(fleet, ask) + ask.new_tokens) / t[_ROW["block_tokens"]]
     unfit = (t[_ROW["step"]] + t[_ROW["per_token"]] > pace) | (blocks > t[_ROW["free_blocks"]])
-    requests = t[_ROW["requests"]]
-    share = requests / (requests.mean() + 4.0) if requests.size else requests
+    unfit |= requests >= t[_ROW["slots"]]
     cost = np.minimum(expected, 1e3) / slack + t[_ROW["step"]] / pace + BALANCE * share
     # A tight request shortens every iteration of its instance: better where they are short already.
     before = np.minimum(t[_ROW["tightest"]], CAP_SECONDS)

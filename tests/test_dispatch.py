@@ -44,8 +44,9 @@ def test_equal_instances_take_turns() -> None:
         busy(free_blocks=3.0),
         busy(tightest=0.004),
         busy(requests=40.0),
+        busy(requests=2.0, slots=2.0),
     ],
-    ids=["queue", "pace", "memory", "tight neighbours", "more requests"],
+    ids=["queue", "pace", "memory", "tight neighbours", "more requests", "full batch"],
 )
 def test_the_less_able_instance_comes_last(worse: Load) -> None:
     """Whatever makes a promise harder to keep counts, at every turn."""
