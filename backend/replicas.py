@@ -28,6 +28,7 @@ instance_group [{ kind: KIND_CPU count: 1 }]
 parameters { key: "slos_serve" value: { string_value: "router" } }
 """
 ROUTER_MODEL: Final = '''"""The entry point that Triton loads for a router."""
+
 from slos_serve.backend.router_model import TritonPythonModel  # noqa: F401
 '''
 
