@@ -50,6 +50,8 @@ FULL: Final = 2  # the log is
 WRONG: Final = 3  # a chunk does not fit its request
 UNEQUAL: Final = 4  # scheduler and engine count different blocks
 
+SAMPLED: Final = 8  # of so many arrivals one is timed
+
 _LOG: Final = 65536  # rows of the log of tokens
 
 
@@ -454,7 +456,7 @@ def simulate(
     session, to arrive then or later, and its output tokens. `on_step` sees every plan and report, at the price
     of speed, as a turnaround is. `watch` sees the time, who has arrived and when each had its first
     token (infinite: not yet), often enough to end a hopeless run by raising. `timed` is given the call that
-    makes the first plan after each arrival and returns what it returned. Returns an outcome for every request
+    makes the first plan after every `SAMPLED`th arrival and returns what it returned. Returns an outcome for every request
     that arrived, in `outcomes` where given. Raises RuntimeError when requests are live and nothing runs.
     """
     # By arrival, and in the order given where times are equal.
@@ -473,12 +475,13 @@ def simulate(
             if watch is not None:
                 watch(play.now, play.arrived, play.first_at)
             following = pending[0][0] if pending else math.inf
+            sampled = timed is not None and fresh and len(play.arrived) % SAMPLED == 0
             if not play.live:
                 ran, ended = False, list[RequestId]()
-            elif at_once and not (fresh and timed):
+            elif at_once and not sampled:
                 ran, ended = play.run(min(following, until))
             else:
-                plan = timed(partial(planner.plan, play.now)) if timed else planner.plan(play.now)
+                plan = timed(partial(planner.plan, play.now)) if timed and sampled else planner.plan(play.now)
                 ran = len(plan.chunks) > 0
                 ended = play.step(plan, on_step) if ran else []
             if not ran:

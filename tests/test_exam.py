@@ -59,7 +59,7 @@ def test_a_point_is_repeatable_and_complete(tmp_path: Path, capsys: pytest.Captu
     assert first["attainment"].keys() == RULES.keys()
     assert 0 <= first["token_weighted_attainment"] <= 1
     assert first["sessions"] >= 50
-    assert first["planner_ms"]["calls"] > 50
+    assert first["planner_ms"]["calls"] > 5
     assert "coding" in capsys.readouterr().out
 
 
