@@ -456,8 +456,9 @@ def simulate(
     session, to arrive then or later, and its output tokens. `on_step` sees every plan and report, at the price
     of speed, as a turnaround is. `watch` sees the time, who has arrived and when each had its first
     token (infinite: not yet), often enough to end a hopeless run by raising. `timed` is given the call that
-    makes the first plan after every `SAMPLED`th arrival and returns what it returned. Returns an outcome for every request
-    that arrived, in `outcomes` where given. Raises RuntimeError when requests are live and nothing runs.
+    makes the first plan after every `SAMPLED`th arrival and returns what it returned. Returns an outcome for
+    every request that arrived, in `outcomes` where given. Raises RuntimeError when requests are live and
+    nothing runs.
     """
     # By arrival, and in the order given where times are equal.
     pending = [(each.arrived_at, index, each, output_tokens[each.id]) for index, each in enumerate(requests)]
