@@ -50,7 +50,7 @@ FULL: Final = 2  # the log is
 WRONG: Final = 3  # a chunk does not fit its request
 UNEQUAL: Final = 4  # scheduler and engine count different blocks
 
-SAMPLED: Final = 8  # of so many arrivals one is timed
+SAMPLED: Final = 8  # of so many instants of arrivals one is timed
 
 _LOG: Final = 65536  # rows of the log of tokens
 
@@ -456,7 +456,7 @@ def simulate(
     session, to arrive then or later, and its output tokens. `on_step` sees every plan and report, at the price
     of speed, as a turnaround is. `watch` sees the time, who has arrived and when each had its first
     token (infinite: not yet), often enough to end a hopeless run by raising. `timed` is given the call that
-    makes the first plan after every `SAMPLED`th arrival and returns what it returned. Returns an outcome for
+    makes the first plan at every `SAMPLED`th instant of arrivals and returns what it returned. Returns an outcome for
     every request that arrived, in `outcomes` where given. Raises RuntimeError when requests are live and
     nothing runs.
     """
@@ -465,6 +465,7 @@ def simulate(
     heapq.heapify(pending)
     play = _Play(planner, engine, {} if outcomes is None else outcomes, turnaround)
     at_once = on_step is None and turnaround == 0.0 and isinstance(planner, Scheduler)
+    instants = 0  # at which somebody arrived
     try:
         while play.now < until and (pending or play.live):
             fresh = False
@@ -476,7 +477,8 @@ def simulate(
             if watch is not None:
                 watch(play.now, play.arrived, play.first_at)
             following = pending[0][0] if pending else math.inf
-            sampled = timed is not None and fresh and len(play.arrived) % SAMPLED == 0
+            sampled = timed is not None and fresh and instants % SAMPLED == 0
+            instants += fresh
             if not play.live:
                 ran, ended = False, list[RequestId]()
             elif at_once and not sampled:

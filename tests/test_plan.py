@@ -46,7 +46,7 @@ def test_a_trace_gets_its_replicas(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpu", "abacus"), "unknown profile 'abacus-llama-3-8b'; known: a100-llama-3-8b"),
+        (("--gpu", "abacus"), "unknown profile 'abacus-llama-3-8b'; known: a100-40gb-opt-13b, a100-llama-3-8b"),
         (("--slo", "chatbot=1/100"), "class chatbot: TTFT: 1 ms is impossible"),
         (("--slo-class", "poets"), "line 2: slo_class: unknown class 'poets'"),
         (("--policy", "magic"), "unknown policy 'magic'"),
