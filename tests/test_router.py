@@ -142,14 +142,21 @@ async def clients(service: Service) -> AsyncIterator[dict[str, SlosClient | Rout
 def test_every_way_brings_the_same(whole: Service) -> None:
     """The same tokens, text and receipt through the router, the ensemble and placement as from an instance."""
 
-    async def run() -> dict[str, list[Result]]:
-        async with clients(whole) as ways:
-            return {
-                name: list(await asyncio.gather(*(way.generate(p, max_tokens=24, **EASY).drain() for p in PROMPTS)))
-                for name, way in ways.items()
-            }
+    async def everything(way: SlosClient | RoutedClient) -> list[Result]:
+        return list(await asyncio.gather(*(way.generate(p, max_tokens=24, **EASY).drain() for p in PROMPTS)))
 
-    (found,) = serial(run())
+    async def run() -> tuple[dict[str, list[Result]], set[str]]:
+        async with clients(whole) as ways:
+            found = {name: await everything(way) for name, way in ways.items()}
+            served = {result.receipt["instance"] for result in found["router"] + found["placed"]}
+            # An instance that a busy machine kept silent for a moment gets nothing until it is heard again.
+            for _ in range(10):
+                if len(served) < len(whole.instances):
+                    await asyncio.sleep(0.5)
+                    served |= {result.receipt["instance"] for result in await everything(ways["router"])}
+            return found, served
+
+    ((found, served),) = serial(run())
     want = found["direct"]
     for name, results in found.items():
         assert [(r.token_ids, r.text, r.finish_reason) for r in results] == [
@@ -157,7 +164,6 @@ def test_every_way_brings_the_same(whole: Service) -> None:
         ], name
         assert all(want[0].receipt.keys() <= result.receipt.keys() for result in results)
         assert all(result.receipt["attained"] for result in results)
-    served = {result.receipt["instance"] for result in found["router"] + found["placed"]}
     assert served == {instance.grpc for instance in whole.instances}
 
 
