@@ -23,7 +23,7 @@ STARTS: Final = 60.0
 SECONDS: Final = 12.0
 AFTER: Final = 12.0  # seconds right after the burst that are reported on their own
 ENDS: Final = 150.0
-SEEDS: Final = 5  # traces that are added up
+SEEDS: Final = 20  # traces that are added up
 
 
 def burst(cell: Cell, policies: Sequence[str]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ MULTIPLE: Final = 5
 MAX_DRAFT: Final = 6
 MID_PREFILL: Final = 7  # 1 when a started prompt may be dropped
 CAP: Final = 8  # longest planned iteration, seconds
-FLOOR: Final = 9  # shortest planned iteration, in decode-only iterations
+FLOOR: Final = 9  # shortest planned iteration, in decode-only iterations, where `WAIT` of `SHORT_TTFT` is less
 RESERVE: Final = 10  # how much faster than needed prefill is planned
 OVERCOMMIT: Final = 11  # predicted KV peaks may sum to this many times the memory
 PATIENCE: Final = 12  # seconds without progress after which best effort is served first
@@ -69,7 +69,9 @@ SETTLE: Final = 17  # 1 when a request is promised or declined for good at once
 PURE: Final = 18  # 1 when decodes may wait for an urgent prompt
 OWN_DRAFT: Final = 19  # 1 when each decode may have its own number of guesses
 BY_TIER: Final = 20  # 1 when the published rule per tier chooses the guesses
-LIMITS: Final = 21
+SHORT_TTFT: Final = 21  # what nearly all TTFTs asked for lately exceed, seconds
+WAIT: Final = 22  # how much of it an iteration may take that is planned
+LIMITS: Final = 23
 
 # `batch`: one row for each chunk.
 SLOT: Final = 0
@@ -260,7 +262,8 @@ def period_of(
     cap = max(cap, alone)
     period = cap
     if load[DECODES] > 0:
-        floor = min(alone * limits[FLOOR], cap)
+        # A prompt that comes now waits for the end of this iteration: short only where TTFTs are.
+        floor = min(max(alone * limits[FLOOR], limits[WAIT] * limits[SHORT_TTFT]), cap)
         period = shortest_period(
             real, whole, accepted, accepted.size, perf, now, floor, cap, load[DECODES], load[CONTEXT], limits[RESERVE]
         )
@@ -577,9 +580,13 @@ def compose(
         make_room_for_decodes(whole, decodes, accepted, spare[:num_spare], in_batch, limits, evicted, counts)
         place_promised(whole, decodes, chosen, in_batch, limits, load)
         if limits[MAX_DRAFT] > 0 and memory_binds(verdict, limits):
-            # Memory is what everybody waits for: decodes that end sooner are worth more than prefill.
+            # Memory is what everybody waits for: decodes that end sooner are worth more than prefill, but for
+            # what admitted prompts need; the reserve is what they do not.
             members = chosen[: int(load[DECODES])]
-            longest = choose_guesses(real, whole, members, perf, limits, load[CONTEXT], period, steps)
+            alone = batch_seconds(perf, load[TOKENS], load[CONTEXT], 0.0, 0.0)
+            share = 1.0 - 1.0 / limits[RESERVE] if accepted.size > 0 else 1.0
+            most = alone + share * max(period - alone, 0.0)
+            longest = choose_guesses(real, whole, members, perf, limits, load[CONTEXT], most, steps)
             guessed = float(steps.sum())
             drafting = batch_seconds(perf, load[TOKENS] + guessed, load[CONTEXT], 0.0, longest)
             drafting -= batch_seconds(perf, load[TOKENS] + guessed, load[CONTEXT], 0.0, 0.0)

@@ -62,14 +62,9 @@ class Published:
 
 
 @compiled
-def first_of(free: Any, most: int) -> int:
-    """How many of the first requests hold at most `most` free ones."""
-    seen = 0
-    for i in range(free.size):
-        seen += free[i]
-        if seen > most:
-            return i
-    return int(free.size)
+def within(free: Any, most: int) -> Any:
+    """All but the free ones after the first `most` of those."""
+    return ~free | (np.cumsum(free) <= most)
 
 
 @compiled
@@ -94,10 +89,9 @@ def published(
     num_tiers = max(tiers_of(real, np.concatenate((decodes, order)), tpots), 1)
 
     free = whole[VERDICT][order] == _UNDECIDED
-    fresh = free.sum()
-    if fresh > FREE:  # the rest waits for the next step
-        order, free = order[: first_of(free, FREE)], free[: first_of(free, FREE)]
-    if fresh > 0:
+    now_or_later = within(free, FREE)  # more wait for the next step
+    order, free = order[now_or_later], free[now_or_later]
+    if free.sum() > 0:
         taken = np.zeros(order.size, np.bool_)
         choose(
             real, whole, order, free, decodes, now, perf, limits[BLOCK_TOKENS], int(limits[MAX_DRAFT]), load[CONTEXT],

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,14 +44,16 @@ from .perf import PerfModel
 from .policies import Policy, SloServe, decide, loop_of
 from .table import BEST_EFFORT, PROMISED, PROVISIONAL, Table
 
+RARE: Final = 0.05  # share of requests whose TTFT is too short to plan by
+
 
 @dataclass(frozen=True, slots=True)
 class PlannerConfig:
     """The planner's knobs; one setting serves all workloads.
 
     `cap`: longest iteration in seconds while anything is promised (longer: cheaper prefill, later tokens).
-    `floor`: shortest planned iteration, in decode-only iterations. `reserve`: prefill is planned this many
-    times faster than its deadlines need. `overcommit`: predicted KV peaks may sum to this many times the
+    `floor`: shortest planned iteration, in decode-only iterations, or longer: `wait` times the TTFT that all but
+    `RARE` of the requests lately exceeded. `reserve`: prefill is planned this many times faster than its deadlines need. `overcommit`: predicted KV peaks may sum to this many times the
     memory. `patience` seconds and `share` of a batch bound the starvation of best effort. `idle_cap`:
     longest iteration that best effort may cause beside promised decodes, in decode-only iterations.
     `margin`: fixed planning margin on predicted times; None learns it from the residuals. `lengths`: how output
@@ -62,6 +65,7 @@ class PlannerConfig:
 
     cap: float = 0.08
     floor: float = 1.3
+    wait: float = 0.5
     reserve: float = 2.0
     overcommit: float = 1.15
     patience: float = 10.0
@@ -78,6 +82,7 @@ class PlannerConfig:
         bounds = {
             "cap": (0, 10),
             "floor": (1, 100),
+            "wait": (0, 1),
             "reserve": (1, 100),
             "overcommit": (0.1, 10),
             "share": (0, 1),
@@ -85,8 +90,8 @@ class PlannerConfig:
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
-            if not low < value <= high and not (name == "floor" and value == 1):
-                raise ValueError(f"planner {name}: must be in ({low}, {high}], got {value!r}")
+            if not (low <= value if name in ("floor", "wait") else low < value) or not value <= high:
+                raise ValueError(f"planner {name}: must be above {low} and at most {high}, got {value!r}")
         if self.drafts not in drafting.RULES:
             raise ValueError(f"planner drafts: must be one of {', '.join(drafting.RULES)}, got {self.drafts!r}")
         if self.lengths not in lengths.MODES:
@@ -168,6 +173,8 @@ class Scheduler:
         whole[table.STAGE_LEFT, slot] = first.max_new_tokens
         whole[table.VERDICT, slot] = Verdict.UNDECIDED if first.slo else Verdict.BEST_EFFORT
         learning.expect(real, whole, self.classes[number], self.mode, slot)
+        if first.slo:
+            self.limits[batching.SHORT_TTFT] = short(self.limits[batching.SHORT_TTFT], first.slo.ttft)
         self.books[learning.HELD_BLOCKS] += whole[table.HELD, slot]
 
     def cancel(self, request_id: RequestId) -> bool:
@@ -269,6 +276,7 @@ class Scheduler:
         limits[batching.MID_PREFILL] = caps.can_preempt_mid_prefill
         limits[batching.CAP] = config.cap
         limits[batching.FLOOR] = config.floor
+        limits[batching.WAIT] = config.wait
         limits[batching.RESERVE] = config.reserve
         limits[batching.OVERCOMMIT] = config.overcommit
         limits[batching.PATIENCE] = config.patience
@@ -304,6 +312,15 @@ class Scheduler:
         ids = self.table.ids
         pairs = [(ids[slot], Verdict(int(verdicts[slot]))) for slot in changed.tolist()]
         return tuple(Decision(name, verdict == Verdict.ADMITTED, REASONS[verdict]) for name, verdict in pairs)
+
+
+def short(estimate: float, sample: float) -> float:
+    """A running estimate of what all but `RARE` of the samples exceed, moved by `sample`; 0 before the first.
+
+    Stochastic approximation (Robbins and Monro, 1951) on the logarithm.
+    """
+    estimate = estimate or sample
+    return estimate * math.exp(0.1 * (RARE - (sample < estimate)))
 
 
 def _reported(ids: tuple[RequestId, ...], outstanding: _Outstanding) -> tuple[Ints, Ints]:
