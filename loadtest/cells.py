@@ -3,8 +3,9 @@
 A cell's requests depend on its `Load`, its profile, the rate and nothing else, so every policy meets the
 same trace. Rates vary by thinning and superposing, recorded traces and drawn ones alike; time is never
 rescaled. Output lengths are hidden from the planner: all it is told is a limit no output reaches. The
-tokens of a thinking stage are told, but only the moment it ends is used. No prefix is reused: every round
-of a session computes its whole prompt.
+tokens of a thinking stage are told, but only the moment it ends is used. Every round of a session computes
+its whole prompt unless prefixes are reused: then what a round repeats of those before it has its KV already,
+as far as free memory goes when it comes. Its SLO stays that of the whole prompt.
 """
 
 from __future__ import annotations
@@ -319,17 +320,23 @@ class Turn:
 
 
 def turns(
-    arrivals: Sequence[Arrival], profile: Profile, targets: Mapping[str, Target], floor: float, *, told: bool = False
+    arrivals: Sequence[Arrival],
+    profile: Profile,
+    targets: Mapping[str, Target],
+    floor: float,
+    *,
+    told: bool = False,
+    reuse: bool = False,
 ) -> tuple[list[Turn], int]:
     """The first round of each session, later ones linked to it; and how many sessions were left out.
 
-    With `told` each request says how long its output will be.
+    With `told` each request says how long its output will be, with `reuse` how much of its prompt is cached.
 
     Left out are those with a round that alone exceeds the KV memory. Raises ValueError for an unknown class.
     """
     sessions = by_session(arrivals)
     fitting = [rounds for rounds in sessions if all(_fits(each, profile) for each in rounds)]
-    firsts = [_linked(rounds, unit, profile, targets, floor, told) for unit, rounds in enumerate(fitting)]
+    firsts = [_linked(rounds, unit, profile, targets, floor, told, reuse) for unit, rounds in enumerate(fitting)]
     return firsts, len(sessions) - len(fitting)
 
 
@@ -351,7 +358,13 @@ def check_trace(path: Path, profile: Profile, targets: Mapping[str, Target], def
 
 
 def _linked(
-    rounds: Sequence[Arrival], unit: int, profile: Profile, targets: Mapping[str, Target], floor: float, told: bool
+    rounds: Sequence[Arrival],
+    unit: int,
+    profile: Profile,
+    targets: Mapping[str, Target],
+    floor: float,
+    told: bool,
+    reuse: bool,
 ) -> Turn:
     turn: Turn | None = None
     delay = 0.0
@@ -371,6 +384,7 @@ def _linked(
             slo_class=arrival.slo_class,
             session=None if len(rounds) == 1 else str(unit),
             expected_new_tokens=float(arrival.output_tokens) if told else None,
+            cached_tokens=min(arrival.reusable_prefix_tokens, arrival.prompt_tokens - 1) if reuse else 0,
         )
         turn = Turn(request, arrival.output_tokens, stages, unit, turn, delay)
         delay = arrival.tool_delay

@@ -96,6 +96,7 @@ class Cell:
     setting: str = ""
     untuned: bool = False
     acceptance: float = 0.0
+    prefix_reuse: bool = False
 
     @property
     def load(self) -> Load:
@@ -122,6 +123,7 @@ class Cell:
             "setting": self.setting,
             "untuned": self.untuned,
             "acceptance": self.acceptance,
+            "prefix_reuse": self.prefix_reuse,
         }
 
     def examined(self) -> Policy:
@@ -154,7 +156,8 @@ class Scene:
 
     def _turns(self, arrivals: Sequence[Any], seconds: float) -> tuple[list[Turn], float, int]:
         told = SETTINGS[self.cell.setting].told_lengths
-        firsts, dropped = turns(arrivals, self.profile, self.targets, self.cell.ttft_floor_ms / 1000, told=told)
+        floor, reuse = self.cell.ttft_floor_ms / 1000, self.cell.prefix_reuse
+        firsts, dropped = turns(arrivals, self.profile, self.targets, floor, told=told, reuse=reuse)
         return firsts, seconds, dropped
 
     def evaluate(self, parameters: Parameters, rate: float, target: float = 0.0, share: float = 1.0) -> Score:
@@ -190,6 +193,8 @@ def scene(cell: Cell) -> Scene:
     known("setting", cell.setting, SETTINGS)
     if cell.setting and cell.policy != "slos_serve":
         raise ValueError(f"--setting: only slos_serve has settings, got {cell.setting} with policy {cell.policy}")
+    if cell.prefix_reuse and cell.policy == "distserve":
+        raise ValueError("--prefix-reuse: distserve moves every prompt's KV away and keeps none, leave it out")
     profile, targets = load_profile(cell.profile), parse_targets(cell.slos)
     check_targets(targets, profile)
     if cell.trace is not None:
@@ -414,6 +419,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--burst-period", type=float, default=60.0, help="seconds from one burst to the next")
     parser.add_argument("--slo", action="append", default=[], help="CLASS=TTFT/TPOT[/ANSWER_TPOT] in ms, TTFT also 5x")
     parser.add_argument("--acceptance", help="share of a draft model's guesses that are right; 0: no draft model")
+    parser.add_argument(
+        "--prefix-reuse", action="store_true", help="what a session's round repeats of those before it is cached"
+    )
     parser.add_argument("--untuned", action="store_true", help="baselines as they come, nothing swept but ratios")
     several = parser.add_mutually_exclusive_group()
     several.add_argument("--all", action="store_true", help="the full matrix, resumable: what is not given varies")
@@ -479,6 +487,7 @@ def _part(args: argparse.Namespace, defaults: Mapping[str, str]) -> Iterator[Cel
             burst_period=burst_period,
             setting=setting,
             acceptance=acceptance,
+            prefix_reuse=args.prefix_reuse,
             untuned=args.untuned or args.study == "paper",
         )
 

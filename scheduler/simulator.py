@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -364,6 +364,7 @@ class _Play:
 
     def add(self, request: Request, output_tokens: int, acceptance: float, *, awaited: bool) -> None:
         """A request arrives; `awaited` says that somebody wants to know its end at once."""
+        request = replace(request, cached_tokens=self._kept(request.cached_tokens)) if request.cached_tokens else request
         outcome = Outcome(request)
         slot = self.engine.add(request, output_tokens, acceptance)
         self.engine.live[SERIAL, slot] = len(self.arrived)
@@ -379,6 +380,11 @@ class _Play:
         self.arrived.append(outcome)
         self.outcomes[request.id] = outcome
         self.live += 1
+
+    def _kept(self, cached: int) -> int:
+        """How much of a prefix is still there: whole blocks, and no more than nobody uses."""
+        block = self.engine.capabilities.block_tokens
+        return min(cached // block, self.engine.free_blocks) * block
 
     def step(self, plan: Plan, on_step: Callable[[Plan, StepReport], None] | None) -> list[RequestId]:
         """Run one plan through the calls that a server makes; returns who ended."""
@@ -450,7 +456,8 @@ def simulate(
 ) -> dict[RequestId, Outcome]:
     """Play `requests` until all have ended or virtual second `until` has passed.
 
-    `output_tokens` tells how many tokens each will produce, which the planner never sees; `acceptance` is
+    `output_tokens` tells how many tokens each will produce, which the planner never sees. A request's `cached_tokens`
+    are found as far as memory is free when it arrives. `acceptance` is
     the share of right guesses, of all or of each. `turnaround` seconds pass between a report and the next
     plan. `follow_up` is called with each request that ends and when, and may return the next round of its
     session, to arrive then or later, and its output tokens. `on_step` sees every plan and report, at the price

@@ -26,9 +26,10 @@ from slos_serve.loadtest.cells import (
     turns,
 )
 from slos_serve.loadtest.workload import WORKLOADS, Arrival
-from slos_serve.scheduler import POLICIES, BatchShape, Scheduler, Stage
+from slos_serve.scheduler import POLICIES, BatchShape, Capabilities, Request, Scheduler, Stage
 from slos_serve.scheduler.attainment import RULES
 from slos_serve.scheduler.distserve import Link
+from slos_serve.scheduler.simulator import SimulatedEngine, simulate
 
 PROFILE = load_profile("a100-llama-3-8b")
 SHORT = ("--workload", "coding", "--arrivals", "poisson", "--requests", "60")
@@ -49,6 +50,27 @@ def examined(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def untimed(cell: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in cell.items() if name not in ("planner_ms", "real_seconds")}
+
+
+def test_reused_prefixes_are_less_to_prefill(tmp_path: Path) -> None:
+    """With --prefix-reuse more sessions of several rounds are in time at the same rate, and no block is lost."""
+    cell = ("--workload", "tool_calling", "--arrivals", "poisson", "--requests", "60", "--rate", "1.5")
+    without, with_reuse = examined(tmp_path, *cell)[0], examined(tmp_path, *cell, "--prefix-reuse")[0]
+    assert (without["prefix_reuse"], with_reuse["prefix_reuse"]) == (False, True)
+    assert without["sessions"] == with_reuse["sessions"]
+    assert with_reuse["attainment"]["strict"] > without["attainment"]["strict"]
+
+
+def test_a_cached_prefix_is_limited_by_free_memory() -> None:
+    """A prefix that no free block holds any more is computed again; every request still ends."""
+    capabilities = Capabilities(40, 16, 512, 8, 640)
+    requests = [Request(f"r{i}", 0.0, 200, (Stage(20),), cached_tokens=190) for i in range(6)]
+    engine = SimulatedEngine(capabilities, PROFILE.perf)
+    scheduler = Scheduler(capabilities, PROFILE.perf)
+    outcomes = simulate(requests, {each.id: 20 for each in requests}, scheduler, engine)
+    assert [len(each.token_times) for each in outcomes.values()] == [20] * 6
+    assert [each.request.cached_tokens for each in outcomes.values()] == [176, 176, 176, 112, 0, 0]
+    assert engine.free_blocks == scheduler.free_blocks == 40
 
 
 def test_a_point_is_repeatable_and_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,6 +274,7 @@ def test_a_trace_of_ones_own(tmp_path: Path) -> None:
         (("--slo", "chatbot=5x/1"), "class chatbot: TPOT: 1 ms is impossible"),
         (("--slo", "chatbot=0.5x/100"), "class chatbot: TTFT: 0.5x"),
         (("--slo", "chatbot"), "--slo: must be CLASS="),
+        (("--policy", "distserve", "--prefix-reuse"), "--prefix-reuse: distserve"),
         (("--json", "/nowhere/at/all.json"), "--json: no such folder"),
     ],
 )
