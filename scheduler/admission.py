@@ -54,21 +54,30 @@ _PACE: Final = int(Verdict.PACE)
 
 
 @compiled
-def finish_after(perf: Any, period: float, decodes: float, context: float, tokens: float, area: float) -> float:
+def finish_after(
+    perf: Any, period: float, first: float, decodes: float, context: float, tokens: float, area: float
+) -> float:
     """Seconds until `tokens` of prefill (with attention `area`) are done beside `decodes` decodes.
 
-    Whole iterations of `period` first, then the one that carries the rest. Infinite when the decodes
-    alone fill the period. Times are inflated by the planning margin.
+    An iteration of `first` seconds where a prompt must be done so soon, whole ones of `period`, then the one
+    that carries the rest. Infinite when the decodes alone fill the period. Times are inflated by the planning
+    margin.
     """
     slack = 1.0 + perf[MARGIN]
     per_iteration = tokens_within(perf, period / slack, context, 0.0, 0.0) - decodes
     if per_iteration < 1.0:
         return np.inf
+    begun = 0.0
+    if first < period:
+        opening = tokens_within(perf, first / slack, context, 0.0, 0.0) - decodes
+        if 1.0 <= opening < tokens:
+            tokens -= opening
+            begun = first
     whole = np.ceil(tokens / per_iteration) - 1.0
     whole = max(whole, 0.0)
     rest = tokens - whole * per_iteration
     extra = perf[SCALE] * perf[AREA] * area * slack
-    return float(whole * period + batch_seconds(perf, rest + decodes, context, 0.0, 0.0) * slack + extra)
+    return float(begun + whole * period + batch_seconds(perf, rest + decodes, context, 0.0, 0.0) * slack + extra)
 
 
 @compiled
@@ -128,7 +137,9 @@ def admit(
         while count > 0:
             period = min(cap, tightest)
             beside = decodes + 0.5 * (count - 1)
-            finish = finish_after(perf, period, beside, context + 0.5 * grown, tokens, area)
+            head = accepted[0]
+            first = real[DUE, head] - now
+            finish = finish_after(perf, period, first, beside, context + 0.5 * grown, tokens, area)
             if finish > due:
                 # A batch without the decodes is shorter, when they can wait for it.
                 alone = batch_seconds(perf, tokens, 0.0, area, 0.0) * margin
@@ -147,6 +158,13 @@ def admit(
                 if cost >= most:
                     worst = j
                     most = cost
+            if count > 2 and first < period and real[WEIGHT, head] <= real[WEIGHT, accepted[worst]]:
+                # The batch that ends in time for the first prompt is short; without it one may carry them all.
+                fewer = tokens - (whole[KNOWN, head] - whole[COMPUTED, head])
+                after = real[DUE, accepted[1]] - now
+                fixed = settle and whole[VERDICT, head] == _ADMITTED
+                if not fixed and finish_after(perf, period, after, beside, context + 0.5 * grown, fewer, area) <= due:
+                    worst = 0
             gone = accepted[worst]
             spared = float(whole[KNOWN, gone] - whole[COMPUTED, gone])
             tokens -= spared
@@ -194,7 +212,7 @@ def shortest_period(
             left = float(whole[KNOWN, slot] - whole[COMPUTED, slot])
             tokens += left
             area += left * (whole[COMPUTED, slot] + 0.5 * left)
-            finish = finish_after(perf, period, decodes + 0.5 * j, context, tokens, area)
+            finish = finish_after(perf, period, period, decodes + 0.5 * j, context, tokens, area)
             if finish * reserve > real[DUE, slot] - now:
                 fits = False
                 break

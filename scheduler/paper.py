@@ -68,6 +68,36 @@ def within(free: Any, most: int) -> Any:
 
 
 @compiled
+def decide_new(
+    real: Any, whole: Any, waiting: Any, decodes: Any, now: float, perf: Any, limits: Any, context: float,
+    accept: float, room: float, cap: float,
+) -> Any:  # fmt: skip
+    """Promise or decline for good who is new among `waiting`; returns who is promised, by deadline."""
+    order = waiting[np.argsort(real[DUE][waiting], kind="mergesort")]
+    free = whole[VERDICT][order] == _UNDECIDED
+    here = within(free, FREE)  # the others wait for the next step
+    order, free = order[here], free[here]
+    if free.sum() > 0:
+        taken = np.zeros(order.size, np.bool_)
+        choose(
+            real, whole, order, free, decodes, now, perf, limits[BLOCK_TOKENS], int(limits[MAX_DRAFT]), context,
+            accept, room, cap, STATES, taken,
+        )  # fmt: skip
+        for i in range(order.size):
+            whole[VERDICT, order[i]] = _ADMITTED if taken[i] else _CAPACITY
+            if not taken[i]:
+                whole[KIND, order[i]] = BEST_EFFORT
+    return order[whole[VERDICT][order] == _ADMITTED]
+
+
+@compiled
+def begun(real: Any, decodes: Any, now: float, period: float) -> Any:
+    """The decodes whose token's interval has begun, or whose token would be late in the next iteration."""
+    due = real[DUE][decodes]
+    return decodes[(due - real[TPOT][decodes] <= now) | (due < now + 2.0 * period)]
+
+
+@compiled
 def published(
     real: Any, whole: Any, active: Any, now: float, perf: Any, limits: Any, batch: Any, evicted: Any, counts: Any,
     cap: float,
@@ -81,33 +111,14 @@ def published(
         real, whole, active, now, perf, limits, promised, waiting, load
     )
     decodes = promised[:num_promised]
-    order = waiting[:num_waiting][np.argsort(real[DUE][waiting[:num_waiting]], kind="mergesort")]
     accept = 0.0
     for slot in active:
         accept += min(real[ACCEPT, slot], 0.999) / n
     tpots = np.full(TIERS, np.inf)
-    num_tiers = max(tiers_of(real, np.concatenate((decodes, order)), tpots), 1)
-
-    free = whole[VERDICT][order] == _UNDECIDED
-    now_or_later = within(free, FREE)  # more wait for the next step
-    order, free = order[now_or_later], free[now_or_later]
-    if free.sum() > 0:
-        taken = np.zeros(order.size, np.bool_)
-        choose(
-            real, whole, order, free, decodes, now, perf, limits[BLOCK_TOKENS], int(limits[MAX_DRAFT]), load[CONTEXT],
-            accept, room, cap, STATES, taken,
-        )  # fmt: skip
-        for i in range(order.size):
-            whole[VERDICT, order[i]] = _ADMITTED if taken[i] else _CAPACITY
-            if not taken[i]:
-                whole[KIND, order[i]] = BEST_EFFORT
-    accepted = np.empty(num_waiting, np.int64)
-    num_accepted = 0
-    for slot in order:
-        if whole[VERDICT, slot] == _ADMITTED:
-            accepted[num_accepted] = slot
-            num_accepted += 1
-    accepted = accepted[:num_accepted]
+    num_tiers = max(tiers_of(real, np.concatenate((decodes, waiting[:num_waiting])), tpots), 1)
+    accepted = decide_new(
+        real, whole, waiting[:num_waiting], decodes, now, perf, limits, load[CONTEXT], accept, room, cap
+    )
     admitted = np.zeros(slots, np.bool_)
     admitted[accepted] = True
 
@@ -119,23 +130,17 @@ def published(
     if num_promised > 0:
         period, _ = tier_drafts(perf, tpots, numbers, accept, load[CONTEXT], int(limits[MAX_DRAFT]), cap, drafts)
         period = max(min(period, first_due - now), batch_seconds(perf, load[DECODES], load[CONTEXT], 0.0, 0.0))
-    # A token whose interval has not begun waits, unless the next iteration would be too late for it.
-    begun = np.empty(num_promised, np.int64)
-    num_begun = 0
-    for slot in decodes:
-        if real[DUE, slot] - real[TPOT, slot] <= now or real[DUE, slot] < now + 2.0 * period:
-            begun[num_begun] = slot
-            num_begun += 1
-    if num_begun == 0 and num_accepted == 0:
-        begun, num_begun = decodes, num_promised
+    running = begun(real, decodes, now, period)
+    if running.size == 0 and accepted.size == 0:
+        running = decodes
 
     load[:OWED] = 0.0
     in_batch = np.zeros(slots, np.bool_)
     chosen = np.empty(n, np.int64)
     line, spare = np.empty(n + 1, np.int64), np.empty(n, np.int64)
     size, num_spare, starving = serving_order(real, whole, active, now, accepted, admitted, limits, line, spare)
-    make_room_for_decodes(whole, begun[:num_begun], accepted, spare[:num_spare], in_batch, limits, evicted, counts)
-    place_promised(whole, begun[:num_begun], chosen, in_batch, limits, load)
+    make_room_for_decodes(whole, running, accepted, spare[:num_spare], in_batch, limits, evicted, counts)
+    place_promised(whole, running, chosen, in_batch, limits, load)
     guesses = np.zeros(slots, np.int64)
     total, each_its_own = 0.0, limits[OWN_DRAFT] > 0.5
     for slot in chosen[: int(load[DECODES])]:

@@ -53,9 +53,10 @@ class PlannerConfig:
 
     `cap`: longest iteration in seconds while anything is promised (longer: cheaper prefill, later tokens).
     `floor`: shortest planned iteration, in decode-only iterations, or longer: `wait` times the TTFT that all but
-    `RARE` of the requests lately exceeded. `reserve`: prefill is planned this many times faster than its deadlines need. `overcommit`: predicted KV peaks may sum to this many times the
-    memory. `patience` seconds and `share` of a batch bound the starvation of best effort. `idle_cap`:
-    longest iteration that best effort may cause beside promised decodes, in decode-only iterations.
+    `RARE` of the requests lately exceeded. `reserve`: prefill is planned this many times faster than its
+    deadlines need. `overcommit`: predicted KV peaks may sum to this many times the memory. `patience` seconds
+    and `share` of a batch bound the starvation of best effort. `idle_cap`: longest iteration that best effort
+    may cause beside promised decodes, in decode-only iterations.
     `margin`: fixed planning margin on predicted times; None learns it from the residuals. `lengths`: how output
     lengths are predicted, a name of `lengths.MODES`. `drafts`: the rule for guesses, a name of `drafting.RULES`.
     `pace`: longest iteration beside promised decodes, in their tightest TPOT (longer ones spend the slack of

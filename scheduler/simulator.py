@@ -364,7 +364,8 @@ class _Play:
 
     def add(self, request: Request, output_tokens: int, acceptance: float, *, awaited: bool) -> None:
         """A request arrives; `awaited` says that somebody wants to know its end at once."""
-        request = replace(request, cached_tokens=self._kept(request.cached_tokens)) if request.cached_tokens else request
+        if request.cached_tokens:
+            request = replace(request, cached_tokens=self._kept(request.cached_tokens))
         outcome = Outcome(request)
         slot = self.engine.add(request, output_tokens, acceptance)
         self.engine.live[SERIAL, slot] = len(self.arrived)
@@ -382,9 +383,8 @@ class _Play:
         self.live += 1
 
     def _kept(self, cached: int) -> int:
-        """How much of a prefix is still there: whole blocks, and no more than nobody uses."""
-        block = self.engine.capabilities.block_tokens
-        return min(cached // block, self.engine.free_blocks) * block
+        """How much of a prefix is still there: what lay in blocks that others use now is gone."""
+        return min(cached, self.engine.free_blocks * self.engine.capabilities.block_tokens)
 
     def step(self, plan: Plan, on_step: Callable[[Plan, StepReport], None] | None) -> list[RequestId]:
         """Run one plan through the calls that a server makes; returns who ended."""

@@ -69,7 +69,7 @@ def test_a_cached_prefix_is_limited_by_free_memory() -> None:
     scheduler = Scheduler(capabilities, PROFILE.perf)
     outcomes = simulate(requests, {each.id: 20 for each in requests}, scheduler, engine)
     assert [len(each.token_times) for each in outcomes.values()] == [20] * 6
-    assert [each.request.cached_tokens for each in outcomes.values()] == [176, 176, 176, 112, 0, 0]
+    assert [each.request.cached_tokens for each in outcomes.values()] == [190, 190, 190, 64, 0, 0]
     assert engine.free_blocks == scheduler.free_blocks == 40
 
 
