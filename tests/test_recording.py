@@ -47,13 +47,13 @@ def traffic(count: int, seed: int) -> list[Request]:
     return requests
 
 
-def recorded(policy: str, lines: list[str], requests: list[Request]) -> Recording:
-    """A simulated run, written to `lines` and read back."""
+def recorded(policy: str, lines: list[str], requests: list[Request]) -> tuple[Recording, list[Request]]:
+    """A simulated run, written to `lines` and read back; and the requests as the planner was given them."""
     recorder = Recorder(POLICIES[policy](CAPABILITIES, PERF), Header(policy, CAPABILITIES, PERF), lines.append)
     engine = SimulatedEngine(CAPABILITIES, PERF, noise=0.1, rng=np.random.default_rng(0))
-    simulate(requests, {each.id: each.max_new_tokens for each in requests}, recorder, engine, acceptance=0.7)
+    outcomes = simulate(requests, {each.id: each.max_new_tokens for each in requests}, recorder, engine, acceptance=0.7)
     (recording,) = read(lines)
-    return recording
+    return recording, [outcome.request for outcome in outcomes.values()]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -61,16 +61,18 @@ def test_a_recording_replays_to_equal_plans(policy: str) -> None:
     """Every request comes back as it was, and a fresh planner makes every plan again, bit for bit."""
     requests = traffic(80, seed=1)
     lines: list[str] = []
-    recording = recorded(policy, lines, requests)
+    recording, given = recorded(policy, lines, requests)
     assert recording.header == Header(policy, CAPABILITIES, PERF)
-    assert recording.requests == requests
+    assert recording.requests == given
+    assert [replace(each, cached_tokens=0) for each in given] == [replace(each, cached_tokens=0) for each in requests]
+    assert any(each.cached_tokens for each in given)
     assert recording.plans > 100
     assert replay(recording, POLICIES[policy](CAPABILITIES, PERF)) is None
 
 
 def test_a_plan_that_differs_is_found() -> None:
     """Another time model plans otherwise from some plan on; the first such plan is told."""
-    recording = recorded("slos_serve", [], traffic(40, seed=2))
+    recording, _ = recorded("slos_serve", [], traffic(40, seed=2))
     slower = replace(PERF, per_context=1e-5)
     difference = replay(recording, POLICIES["slos_serve"](CAPABILITIES, slower))
     assert difference is not None
@@ -104,7 +106,7 @@ def test_an_id_used_again_is_another_request() -> None:
 def test_a_cut_off_recording_is_read_up_to_the_cut() -> None:
     """A killed server may leave half a line; a wrong line elsewhere is refused with its number."""
     lines: list[str] = []
-    whole = recorded("slos_serve", lines, traffic(5, seed=3))
+    whole, _ = recorded("slos_serve", lines, traffic(5, seed=3))
     (cut,) = read([*lines[:-1], lines[-1][:10]])
     assert cut.calls == whole.calls[:-1]
     with pytest.raises(ValueError, match="line 3 is not of a recording"):
