@@ -35,7 +35,7 @@ OTHER: Final = "#999999"
 
 _ABOUT: Final = (
     *("workload", "arrivals", "profile", "policy", "replicas", "seed", "ttft_floor_ms", "setting", "untuned"),
-    *("acceptance", "targets", "rules", "rate"),
+    *("acceptance", "targets", "rules", "rate", "noise", "prefix_reuse"),
 )
 
 
@@ -83,12 +83,13 @@ def read(paths: Iterable[Path]) -> tuple[list[Result], list[Result]]:
             raise ValueError(f"{path}: not a file of exam results ({error!r})") from error
     if not cells and not bursts:
         raise ValueError(f"{', '.join(map(str, paths))}: no results")
-    return list({json.dumps([cell[name] for name in _ABOUT]): cell for cell in cells}.values()), bursts
+    return list({json.dumps([cell.get(name) for name in _ABOUT]): cell for cell in cells}.values()), bursts
 
 
 def pictures(cells: Sequence[Result], bursts: Sequence[Result]) -> list[Picture]:
     """All that the results allow."""
-    usual = [cell for cell in cells if not cell["untuned"] and not cell["acceptance"] and cell["capacity_per_gpu"]]
+    special = ("untuned", "acceptance", "prefix_reuse")
+    usual = [cell for cell in cells if cell["capacity_per_gpu"] and not any(cell.get(name) for name in special)]
     plain = [cell for cell in usual if not cell["setting"]]
     drawn: list[Picture] = []
     for family, group in grouped(plain, ("profile", "arrivals", "ttft_floor_ms", "replicas")):
