@@ -137,8 +137,7 @@ def admit(
         while count > 0:
             period = min(cap, tightest)
             beside = decodes + 0.5 * (count - 1)
-            head = accepted[0]
-            first = real[DUE, head] - now
+            first = real[DUE, accepted[0]] - now
             finish = finish_after(perf, period, first, beside, context + 0.5 * grown, tokens, area)
             if finish > due:
                 # A batch without the decodes is shorter, when they can wait for it.
@@ -158,13 +157,6 @@ def admit(
                 if cost >= most:
                     worst = j
                     most = cost
-            if count > 2 and first < period and real[WEIGHT, head] <= real[WEIGHT, accepted[worst]]:
-                # The batch that ends in time for the first prompt is short; without it one may carry them all.
-                fewer = tokens - (whole[KNOWN, head] - whole[COMPUTED, head])
-                after = real[DUE, accepted[1]] - now
-                fixed = settle and whole[VERDICT, head] == _ADMITTED
-                if not fixed and finish_after(perf, period, after, beside, context + 0.5 * grown, fewer, area) <= due:
-                    worst = 0
             gone = accepted[worst]
             spared = float(whole[KNOWN, gone] - whole[COMPUTED, gone])
             tokens -= spared
