@@ -13,6 +13,7 @@ from slos_serve.scheduler import (
     POLICIES,
     Advance,
     Capabilities,
+    DecodeFirst,
     PerfModel,
     Piece,
     Plan,
@@ -270,6 +271,26 @@ def longest_iteration(shortest_ttft: float) -> float:
 def test_iterations_are_short_where_first_tokens_are_wanted_soon() -> None:
     """Beside decodes an iteration lasts longer where nobody who may come has to wait for its end."""
     assert longest_iteration(0.06) < 0.7 * longest_iteration(2.0)
+
+
+@pytest.mark.parametrize("rate", [120, 180])
+def test_first_tokens_due_within_a_few_iterations(rate: float) -> None:
+    """Where the first deadlines force short batches, more are in time than under the published planner or Sarathi."""
+    rng = np.random.default_rng(0)
+    perf = PerfModel((Piece(0.010, 1.2e-5), Piece(0.004, 2.5e-5)), per_context=1e-8)
+    caps = Capabilities(8000, 16, 4096, 256, 4096)
+    requests = [
+        request(f"r{i}", at=at, prompt=int(rng.integers(30, 300)), new=40, ttft=0.05, tpot=0.05)
+        for i, at in enumerate(np.cumsum(rng.exponential(1 / rate, 1500)).tolist())
+    ]
+
+    def attained(scheduler: Scheduler) -> int:
+        engine = SimulatedEngine(caps, perf, np.random.default_rng(0), 0.05)
+        outcomes = simulate(requests, {each.id: 40 for each in requests}, scheduler, engine)
+        return sum(each.attained for each in outcomes.values())
+
+    others = [attained(Scheduler(caps, perf, policy=policy)) for policy in (Published(), DecodeFirst(1024))]
+    assert attained(Scheduler(caps, perf)) > max(others)
 
 
 def test_the_published_planner_decides_a_crowd_over_several_steps() -> None:
