@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
@@ -293,27 +293,48 @@ def _bounds(cell: Cell) -> Mapping[str, float]:
 
 def bound(cell: Cell) -> Mapping[str, float]:
     """The clairvoyant bounds on the cell's first capacity, per GPU: the same for every policy."""
-    return _bounds(
-        replace(cell, policy="slos_serve", setting="", rules=(HEADLINE,), targets=cell.targets[:1], rate=None)
-    )
+    return _bounds(_bounded(cell))
+
+
+def _bounded(cell: Cell) -> Cell:
+    """The cell as far as its bound depends on it."""
+    return replace(cell, policy="slos_serve", setting="", rules=(HEADLINE,), targets=cell.targets[:1], untuned=False)
+
+
+def _bound_of(cell: Cell) -> dict[str, float] | None:
+    """None at one rate, where no capacity is asked for."""
+    return None if cell.rate is not None else dict(bound(cell))
 
 
 # Many cells
 
 
 def results(cells: Sequence[Cell], jobs: int) -> Iterator[dict[str, Any]]:
-    """Each cell's result as soon as it is there, on `jobs` processes. The first failure ends it all."""
+    """Each cell's result as soon as it is there, on `jobs` processes. The first failure ends it all.
+
+    The bounds take as long as a cell, so they are found by the same processes, once for all cells that share them.
+    """
     if jobs <= 1 or len(cells) <= 1:
-        yield from map(examine, cells)
+        yield from ({**examine(cell), "bound": _bound_of(cell)} for cell in cells)
         return
     with ProcessPoolExecutor(min(jobs, len(cells)), mp_context=get_context("spawn")) as pool:
-        futures: list[Future[dict[str, Any]]] = [pool.submit(examine, cell) for cell in cells]
+        shared: dict[Cell, Future[Any]] = {}
+        waiting: list[tuple[Future[dict[str, Any]], Future[Any]]] = []
+        for cell in cells:
+            load = _bounded(cell)
+            if load not in shared:
+                shared[load] = pool.submit(_bound_of, load)
+            waiting.append((pool.submit(examine, cell), shared[load]))
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            while waiting:
+                wait([future for pair in waiting for future in pair if not future.done()], return_when=FIRST_COMPLETED)
+                ready = [pair for pair in waiting if all(future.done() for future in pair)]
+                waiting = [pair for pair in waiting if pair not in ready]
+                yield from ({**played.result(), "bound": found.result()} for played, found in ready)
         finally:
-            for future in futures:
-                future.cancel()
+            for pair in waiting:
+                for future in pair:
+                    future.cancel()
 
 
 def write_json(path: Path, cells: Sequence[Mapping[str, Any]], **others: Any) -> None:
@@ -526,11 +547,8 @@ def run(args: argparse.Namespace) -> int:
     have = [{name: result[name] for name in cells[0].about()} for result in done]
     left = [cell for cell in cells if cell.about() not in have]
     started = time.monotonic()
-    by_about = {json.dumps(cell.about()): cell for cell in left}
     for result in results(left, args.jobs):
-        about = {name: result[name] for name in left[0].about()}
-        known_bound = None if args.rate else dict(bound(by_about[json.dumps(about)]))
-        done.append({**result, "bound": known_bound})
+        done.append(result)
         if args.json is not None:
             write_json(args.json, _in_order(done, cells))
         _progress(len(done), len(cells), time.monotonic() - started)
