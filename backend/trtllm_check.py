@@ -31,8 +31,9 @@ from slos_serve.scheduler.perf import FitQuality
 from .config import EngineConfig, read_config
 from .generation import Generation, SamplingParams
 from .profiling import Profile, Sample
-from .trtllm_engine import TrtllmBuilt, build, fit_observed, uninstall
+from .trtllm_engine import TrtllmBuilt, build, uninstall
 from .trtllm_pilot import Mode, Pilot, Ticket
+from .trtllm_speed import fit_observed
 from .trtllm_worker import Tickets
 
 log = logging.getLogger(__name__)
@@ -390,7 +391,7 @@ def check(lab: Lab, seconds: float) -> tuple[dict[str, Any], list[Sample]]:
         rows.append(summary(mode, lab.run(jobs), lab.pilot))
         if lab.pilot is not None:
             seen[mode] = list(lab.pilot.samples)
-            fitted = fit_observed(lab.pilot) or fitted
+            fitted = fit_observed(seen[mode]) or fitted
     if fitted is None:
         results.append(Result("G9", "time model", None, "too few batches were seen"))
     else:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from slos_serve.scheduler.core import Advance, Decision, Plan, RequestId, Snapshot, StepReport
 
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WITHDRAWN: Final = "withdrawn"
-
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
@@ -62,7 +60,7 @@ class Handle(Protocol):
 
 
 class Front(Protocol):
-    """The engine as its front sees it; `trtllm_engine.LlmFront` in the server. Called on the asyncio loop."""
+    """The engine as its front sees it; `trtllm_front.LlmFront` in the server. Called on the asyncio loop."""
 
     @property
     def is_alive(self) -> bool: ...

@@ -22,7 +22,7 @@ from slos_serve.backend.config import parse_config, read_config
 from slos_serve.backend.launcher import Server
 from slos_serve.backend.metrics import FAMILIES
 from slos_serve.backend.replicas import write_router_repository
-from slos_serve.backend.trtllm_engine import check_settings
+from slos_serve.backend.trtllm_settings import check_settings
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"

@@ -15,22 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from callers import PATIENCE, Caller
+from callers import PATIENCE, Backend
 from trtllm_standin import next_token
 
-from slos_serve.backend import trtllm_engine, trtllm_ranks
+from slos_serve.backend import trtllm_engine, trtllm_ranks, trtllm_speed
 from slos_serve.backend.build import build_engine
 from slos_serve.backend.cli import main
 from slos_serve.backend.config import parse_config, read_config
-from slos_serve.backend.metrics import Metrics, Numbers
 from slos_serve.backend.refusal import Refusal
-from slos_serve.backend.responder import Reply, Responder
 from slos_serve.backend.roster import Roster
 from slos_serve.backend.sessions import Sessions
 from slos_serve.backend.shipped import shipped_profile
 from slos_serve.backend.translate import Limits, Translator
 from slos_serve.backend.trtllm_engine import TrtllmBuilt
-from slos_serve.client import wire
 
 VOCABULARY = 304
 EASY = {"slo_ttft_ms": 60_000.0, "slo_tpot_ms": 5_000.0}  # kept on the busiest machine
@@ -59,51 +56,21 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100-SXM4-80GB")
 
 
-class Replica:
-    """A built replica with everything around it but Triton."""
+class Replica(Backend):
+    """A built replica on the stand-in."""
 
     def __init__(self, version: Path, own: dict[str, Any], settings: dict[str, Any]) -> None:
+        super().__init__()
         config = parse_config(json.dumps({**SETTINGS, **settings, "tensorrt_llm": own}))
         built = build_engine(config, version)
         assert isinstance(built, TrtllmBuilt)
         self.built = built
-        self.failure: BaseException | None = None
-        self.numbers: list[Numbers] = []
-        self.metrics = Metrics(self.numbers.append)
-        self.responder = Responder(2)
-        self.sessions = Sessions(built.codec, 10_000)
-        roster = Roster(64, 100_000, built.prefill_seconds)
+        sessions = Sessions(built.codec, 10_000)
         limits = Limits(built.max_context, built.vocab_size, 16)
-        self.translator = Translator(
-            built.codec, limits, config.classes, "chatbot", built.prefill_seconds, self.sessions
-        )
-        self.worker = built.worker(self.responder, self.metrics, roster, self.sessions, self._failed)
-        self.metrics.start()
-        self.responder.start(gone=self.worker.cancel)
-        self.worker.start()
-
-    def _failed(self, error: BaseException) -> None:
-        self.failure = error
-
-    def send(self, request_id: str, **fields: Any) -> Caller:
-        caller = Caller()
-        submission = self.translator.submission(request_id, wire.encode(fields), {}, time.monotonic())
-        self.worker.submit(Reply(submission, caller))
-        return caller
-
-    def close(self, drain: float = 0.0) -> None:
-        self.worker.close(drain)
-        self.responder.close(PATIENCE)
-        self.metrics.close()
-
-    def counted(self, name: str) -> dict[tuple[tuple[str, str], ...], float]:
-        """The sums of a counter by label, after `close`."""
-        sums: dict[tuple[tuple[str, str], ...], float] = {}
-        for numbers in self.numbers:
-            for (family, labels), value in numbers.counters.items():
-                if family == name:
-                    sums[labels] = sums.get(labels, 0.0) + value
-        return sums
+        self.translator = Translator(built.codec, limits, config.classes, "chatbot", built.prefill_seconds, sessions)
+        roster = Roster(64, 100_000, built.prefill_seconds)
+        self.worker = built.worker(self.responder, self.metrics, roster, sessions, self.failed)
+        self.start()
 
 
 @pytest.fixture
@@ -228,7 +195,7 @@ def test_a_warm_up_run_measures_what_no_profile_knows(
     """A model that no shipped profile is about gets a time model from batches that really ran."""
     path = version / "target" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": 64}))
-    monkeypatch.setattr(trtllm_engine, "WARM_UP_SECONDS", 0.5)
+    monkeypatch.setattr(trtllm_speed, "WARM_UP_SECONDS", 0.5)
     running = replica(mode="full")
     assert 0.001 < running.built.prefill_seconds(1) < 0.012
     assert running.send("r", input_ids=[5] * 9, max_tokens=5).wait().receipt["tokens"]
@@ -391,8 +358,8 @@ def two_gpus(gpu: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     creator = importlib.import_module(trtllm_ranks.CREATOR)
     original = creator.create_py_executor
-    load = trtllm_engine._load
-    monkeypatch.setattr(trtllm_engine, "_load", lambda *args: (trtllm_ranks.bootstrap(), load(*args))[1])
+    load = trtllm_engine.load
+    monkeypatch.setattr(trtllm_engine, "load", lambda *args: (trtllm_ranks.bootstrap(), load(*args))[1])
     yield
     creator.create_py_executor = original
     os.environ.pop(trtllm_ranks.VARIABLE, None)

@@ -546,7 +546,8 @@ def test_the_planner_chooses_the_draft_length_of_every_batch(release: Release) -
     lengths: list[int] = []
     accepted = 0
     for seed in range(10):
-        executor = engine(release, False, random.Random(seed), drafter=Drafter(3, wrong=5), max_num_tokens=32)
+        drafter = Drafter(3, 5, {1: 3, 8: 3}, release.switches)
+        executor = engine(release, False, random.Random(seed), drafter=drafter, max_num_tokens=32)
         flight = Flight(executor, Mode.FULL, seed)
         assert executor.drafter is not None
         set_length = executor.drafter.update_max_total_draft_tokens

@@ -2,9 +2,11 @@
 
 import os
 
-from trtllm_llm import LLM, RELEASE, SamplingParams
+import trtllm_llm
+from trtllm_llm import RELEASE, SamplingParams
 
 __all__ = ["LLM", "SamplingParams"]
+LLM = trtllm_llm.PriorityLLM if RELEASE.switches else trtllm_llm.LLM
 __version__ = f"{RELEASE.name}.0+standin"
 
 if os.environ.get("STANDIN_GPU"):
