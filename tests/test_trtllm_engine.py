@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import enum
 import importlib
 import json
 import os
@@ -22,12 +24,17 @@ from slos_serve.backend import trtllm_engine, trtllm_ranks, trtllm_speed
 from slos_serve.backend.build import build_engine
 from slos_serve.backend.cli import main
 from slos_serve.backend.config import parse_config, read_config
+from slos_serve.backend.generation import Generation, SamplingParams
 from slos_serve.backend.refusal import Refusal
 from slos_serve.backend.roster import Roster
 from slos_serve.backend.sessions import Sessions
 from slos_serve.backend.shipped import shipped_profile
 from slos_serve.backend.translate import Limits, Translator
 from slos_serve.backend.trtllm_engine import TrtllmBuilt
+from slos_serve.backend.trtllm_load import draft_schedule
+from slos_serve.backend.trtllm_pilot import Ticket
+from slos_serve.backend.trtllm_worker import Tickets
+from slos_serve.scheduler import PerfModel, Piece, Request, Slo, Stage
 
 VOCABULARY = 304
 EASY = {"slo_ttft_ms": 60_000.0, "slo_tpot_ms": 5_000.0}  # kept on the busiest machine
@@ -45,6 +52,24 @@ def version(tokenizer_folder: Path, tmp_path: Path) -> Path:
     shape = {"vocab_size": VOCABULARY, "eos_token_id": 0, "hidden_size": 4096, "num_hidden_layers": 32}
     (folder / "config.json").write_text(json.dumps(shape))
     return tmp_path / "1"
+
+
+@pytest.fixture(params=["1.2"])
+def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The release that is installed: its modules are imported anew, and as they were afterwards."""
+
+    def ours() -> list[str]:
+        return [name for name in sys.modules if name == "trtllm_llm" or name.split(".")[0] == "tensorrt_llm"]
+
+    for name in ours():
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setenv("STANDIN_RELEASE", request.param)
+    yield request.param
+    for name in ours():
+        del sys.modules[name]
+
+
+ALL = pytest.mark.parametrize("release", ["1.1", "1.2", "1.3"], indirect=True)
 
 
 @pytest.fixture
@@ -97,10 +122,11 @@ def answer(prompt: list[int], new: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@ALL
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
 @pytest.mark.parametrize("mode", ["full", "trim", "governor", "shadow"])
 def test_requests_are_answered_with_a_receipt(
-    replica: Callable[..., Replica], version: Path, mode: str, overlap: bool
+    replica: Callable[..., Replica], release: str, mode: str, overlap: bool
 ) -> None:
     """Sixteen requests of all classes: the right tokens, once, and a receipt that says what was promised."""
     running = replica(mode=mode, overlap=overlap)
@@ -316,6 +342,104 @@ def test_speculation_is_planned_where_the_drafter_asks(replica: Callable[..., Re
     assert ids == answer([4, 5, 6], 60)
     running.close()
     assert sum(running.counted("slos_serve_accepted_tokens_total").values()) > 0
+
+
+# Official switches
+
+
+@ALL
+@pytest.mark.filterwarnings("error")
+def test_the_official_switches_are_used_where_a_release_has_them(replica: Callable[..., Replica], release: str) -> None:
+    """The Python scheduler, the priority queue, and KV manager 1; a release without them is not told of them."""
+    front = replica(mode="full").built.front
+    scheduler, cache = front._llm.args["scheduler_config"], front._llm.args["kv_cache_config"]
+    has = release == "1.3"
+    assert type(front.engine.scheduler.pilot.stock).__name__ == ("SimpleUnifiedScheduler" if has else "SimpleScheduler")
+    assert getattr(getattr(scheduler, "waiting_queue_policy", None), "value", None) == ("priority" if has else None)
+    assert getattr(cache, "use_kv_cache_manager_v2", None) == (False if has else None)
+    assert front._takes_priority is has
+
+
+@pytest.mark.parametrize("release", ["1.3"], indirect=True)
+def test_a_queue_that_knows_no_priority_is_left_alone(
+    replica: Callable[..., Replica], release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In between there were releases whose only policy was first come, first served."""
+    llmapi = importlib.import_module("tensorrt_llm.llmapi")
+    only = enum.Enum("WaitingQueuePolicy", {"FCFS": "fcfs"})
+    monkeypatch.setattr(llmapi.SchedulerConfig.model_fields["waiting_queue_policy"], "annotation", only)
+    running = replica(mode="full")
+    assert running.built.front._llm.args["scheduler_config"].waiting_queue_policy is None
+    assert running.send("r", input_ids=[5] * 9, max_tokens=5).wait().receipt["tokens"]
+
+
+@pytest.mark.parametrize("release", ["1.3"], indirect=True)
+def test_the_engine_s_own_queue_serves_the_tightest_promise_first(
+    replica: Callable[..., Replica], release: str
+) -> None:
+    """Requests that pile up in front of a full engine go in by their SLO, best effort last."""
+    front = replica(mode="governor").built.front
+    front.engine.max_num_active_requests = 1
+    slos = [None, None, Slo(5.0, 0.1), Slo(0.2, 0.1), None, Slo(1.0, 0.1)]
+
+    async def run() -> list[int]:
+        ended: list[int] = []
+
+        async def one(index: int, slo: Slo | None) -> None:
+            wish = Generation(f"r{index}", [7, index], (6,), SamplingParams(ignore_eos=True))
+            ticket = Ticket(Request(f"r{index}", 0.0, 2, (Stage(6, slo),)))
+            async for _ in front.generate(wish, (), Tickets(), ticket).results():
+                pass
+            ended.append(index)
+
+        await asyncio.gather(*(one(index, slo) for index, slo in enumerate(slos)))
+        return ended
+
+    ended = asyncio.run(run())
+    order = [index for index in ended if index != 0]  # the first may have gone in before the others came
+    assert order == [3, 5, 2, 1, 4]
+
+
+@ALL
+def test_the_drafter_is_given_a_schedule_that_never_stops_guessing(
+    replica: Callable[..., Replica], release: str
+) -> None:
+    """Up to 1.2 a key is where its length begins, since 1.3 where it ends: the most at every batch size, in both."""
+    front = replica({"max_draft": 3}, mode="trim", speculation="ngram").built.front
+    lookup = type(front.engine.drafter).get_draft_len_for_batch_size
+    assert {lookup(front.engine.drafter, size) for size in range(1, 9)} == {3}
+
+
+@ALL
+@pytest.mark.parametrize("kind", ["eagle3", "mtp"])
+def test_an_engine_that_guesses_inside_gets_a_schedule_where_it_looks_one_up(
+    replica: Callable[..., Replica], version: Path, release: str, kind: str
+) -> None:
+    """As many guesses as pay at each batch size, by the time model; before 1.3 the number is fixed."""
+    draft = {"draft_model": "draft"} if kind == "eagle3" else {}
+    if draft:
+        shutil.copytree(version / "target", version / "draft")
+    running = replica({"max_draft": 3, **draft}, mode="full", speculation=kind)
+    config = running.built.front._llm.args["speculative_config"]
+    if release == "1.3":
+        assert list(config.draft_len_schedule) == [1, 2, 4, 8]
+        assert config.draft_len_schedule[1] == 3
+    else:
+        assert config.draft_len_schedule is None
+    assert running.built.capabilities.max_draft == 0  # not the planner's to choose
+    caller = running.send("r", input_ids=[4, 5, 6], max_tokens=60, return_token_ids=True).wait()
+    assert [token for response in caller.responses for token in response.get("output_ids", [])] == answer([4, 5, 6], 60)
+
+
+def test_a_draft_schedule_falls_with_the_batch() -> None:
+    """Where tokens are free everybody guesses all; where they cost, the last guesses do not pay, but one stays."""
+    free = PerfModel((Piece(0.01, 1e-9),))
+    assert draft_schedule(free, 4, 6) == {1: 4, 2: 4, 4: 4, 6: 4}
+    costly = PerfModel((Piece(0.01, 0.0), Piece(0.0, 1e-4)))
+    schedule = draft_schedule(costly, 4, 256)
+    assert schedule[1] == 4
+    assert schedule[256] == 1
+    assert list(schedule.values()) == sorted(schedule.values(), reverse=True)
 
 
 # The command for somebody with a GPU
