@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from slos_serve.scheduler import POLICIES, BatchShape, Capabilities, PerfModel, Request, Stage
 from slos_serve.scheduler.core import Plan, Snapshot, StepReport
@@ -44,6 +44,8 @@ from .trtllm_worker import EngineMetrics, Tickets, TrtllmWorker
 from .worker import Voice
 
 log = logging.getLogger(__name__)
+
+ONE_PROCESS: Final = "set tensor_parallel to 1, and TLLM_WORKER_USE_SINGLE_PROCESS to 1 where something else sets it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,7 @@ def _build(
         engine=None if is_compiled else engine,
         closes=ranks.close if ranks is not None else lambda: None,
         takes_priority=not is_compiled and takes_priority(api),
+        finishes_prompts=config.tensorrt_llm.block_reuse,
     )  # fmt: skip
     takes = None if is_compiled or not api.has_inner or engine is None else engine
     findings = ranks.findings() if ranks is not None else _findings(api, takes, is_compiled)
@@ -214,7 +217,7 @@ def _findings(api: Any, engine: Any, is_compiled: bool) -> Findings:
     elif api.missing:
         why = Check("PyExecutor", Mode.GOVERNOR, api.missing[0], "this release has moved it")
     else:
-        why = Check("one process", Mode.GOVERNOR, "the engine runs in other processes", "set tensor_parallel to 1")
+        why = Check("one process", Mode.GOVERNOR, "the engine runs in other processes", ONE_PROCESS)
     return Findings((why,))
 
 

@@ -15,9 +15,12 @@ from .trtllm_worker import Fresh, Tickets
 class LlmHandle:
     """One generation of TensorRT-LLM's LLM API."""
 
-    def __init__(self, output: Any) -> None:
+    def __init__(self, output: Any, finishes_prompts: bool = False) -> None:
+        """`finishes_prompts`: see `abort`."""
         self._output = output
         self._given = 0
+        self._finishes_prompts = finishes_prompts
+        self._is_unwanted = False
 
     @property
     def client_id(self) -> int:
@@ -25,6 +28,8 @@ class LlmHandle:
 
     async def results(self) -> AsyncIterator[Fresh]:
         async for output in self._output:
+            if self._is_unwanted:
+                self._stop()
             completion = output.outputs[0]
             new = tuple(completion.token_ids[self._given :])
             self._given += len(new)
@@ -34,6 +39,16 @@ class LlmHandle:
                 return
 
     def abort(self) -> None:
+        """Give it up; with `finishes_prompts` not before its first token, so somebody must go on reading `results`.
+
+        With block reuse, releases before PR 12673 hand on the blocks of a prompt that was given up in its middle as
+        if they had been computed, and others with the same beginning would read what is not there.
+        """
+        self._is_unwanted = True
+        if self._given or not self._finishes_prompts:
+            self._stop()
+
+    def _stop(self) -> None:
         if not self._output.finished:
             self._output.abort()
 
@@ -49,9 +64,12 @@ class LlmFront:
         engine: Any,
         closes: Callable[[], None],
         takes_priority: bool = False,
+        finishes_prompts: bool = False,
     ) -> None:
-        """`closes` is called when the engine is gone; `takes_priority`: its waiting queue is ordered by it."""
+        """`closes` is called when the engine is gone; `takes_priority`: its waiting queue is ordered by it;
+        `finishes_prompts`: see `LlmHandle.abort`."""
         self._closes = closes
+        self._finishes_prompts = finishes_prompts
         self._takes_priority = takes_priority
         self._llm = llm
         self._make_params = make_params
@@ -75,7 +93,7 @@ class LlmFront:
             )
             if ticket is not None:
                 tickets[int(output.request_id)] = ticket
-        return LlmHandle(output)
+        return LlmHandle(output, self._finishes_prompts)
 
     def _priority(self, ticket: Ticket | None) -> dict[str, float]:
         return {"priority": priority(ticket.request)} if self._takes_priority and ticket is not None else {}

@@ -205,6 +205,7 @@ class LLM:
         blocks = 2 + 6 * -(-arguments["max_seq_len"] // size)
         drafting = arguments.get("speculative_config")
         config = json.loads((Path(arguments["model"]) / "config.json").read_text())
+        config = config.get("pretrained_config", config)  # of a compiled folder
         ranks = int(arguments["tensor_parallel_size"])
         from tensorrt_llm._torch.pyexecutor.py_executor_creator import create_py_executor
 
@@ -230,7 +231,8 @@ class LLM:
         engine.on_tokens = self._on_tokens
         engine.worker_thread = threading.Thread(target=self._run, daemon=True)
         # The ranks of several GPUs are processes of their own there, and threads here: out of the front's sight.
-        self._executor = Worker(engine) if ranks == 1 else None
+        is_here = ranks == 1 and os.environ.get("TLLM_WORKER_USE_SINGLE_PROCESS") == "1"
+        self._executor = Worker(engine) if is_here else None
         self._engine = engine
         self.others = engines[1:]
         for other in self.others:
@@ -306,6 +308,28 @@ def guesser(config: DecodingConfig) -> Drafter:
     heeds = RELEASE.switches or not config.is_inner
     schedule = config.draft_len_schedule if heeds else None  # type: ignore[attr-defined]
     return Drafter(config.max_draft_len, schedule=schedule, up_to=RELEASE.switches)  # type: ignore[attr-defined]
+
+
+class CompiledLLM(LLM):
+    """tensorrt_llm/_tensorrt_engine: runs a compiled folder under the C++ executor, which has no Python engine."""
+
+    known = ("model", "tensor_parallel_size", "skip_tokenizer_init", "kv_cache_config", "enable_chunked_prefill")
+
+    def __init__(self, **arguments: Any) -> None:
+        if unknown := set(arguments) - set(self.known):
+            raise ValueError(f"LLM: unexpected {sorted(unknown)}")
+        folder = Path(arguments["model"])
+        if not list(folder.glob("rank*.engine")):
+            raise RuntimeError(f"{folder} has no engine")
+        built = json.loads((folder / "config.json").read_text())["build_config"]
+        rest = {
+            "max_seq_len": built.get("max_seq_len", 128), "max_batch_size": built.get("max_batch_size", 8),
+            "max_num_tokens": built.get("max_num_tokens", 64), "disable_overlap_scheduler": True,
+            "scheduler_config": SchedulerConfig(),
+        }  # fmt: skip
+        self.known = (*self.known, *rest)
+        super().__init__(**arguments, **rest)
+        self._executor = None
 
 
 class PriorityLLM(LLM):
