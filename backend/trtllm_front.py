@@ -20,6 +20,7 @@ class LlmHandle:
         self._output = output
         self._given = 0
         self._finishes_prompts = finishes_prompts
+        self._least = 1 if finishes_prompts else 0  # tokens before which it is not given up
         self._is_unwanted = False
 
     @property
@@ -28,11 +29,10 @@ class LlmHandle:
 
     async def results(self) -> AsyncIterator[Fresh]:
         async for output in self._output:
-            if self._is_unwanted:
-                self._stop()
             completion = output.outputs[0]
             new = tuple(completion.token_ids[self._given :])
             self._given += len(new)
+            self._stop_if_unwanted()
             reason = str(completion.finish_reason or "length") if output.finished else None
             yield Fresh(new, reason)
             if reason is not None:
@@ -45,11 +45,15 @@ class LlmHandle:
         if they had been computed, and others with the same beginning would read what is not there.
         """
         self._is_unwanted = True
-        if self._given or not self._finishes_prompts:
-            self._stop()
+        self._stop_if_unwanted()
 
-    def _stop(self) -> None:
-        if not self._output.finished:
+    def restarts(self) -> None:
+        """It was paused: all that it knows is a prompt again."""
+        if self._finishes_prompts:
+            self._least = self._given + 1
+
+    def _stop_if_unwanted(self) -> None:
+        if self._is_unwanted and self._given >= self._least and not self._output.finished:
             self._output.abort()
 
 

@@ -56,7 +56,8 @@ class Handle(Protocol):
     @property
     def client_id(self) -> int: ...
     def results(self) -> Any: ...  # an async iterator of Fresh; raises what went wrong
-    def abort(self) -> None: ...
+    def abort(self) -> None: ...  # takes effect when it is safe; `results` is read until then
+    def restarts(self) -> None: ...  # it was paused, and will be computed again
 
 
 class Front(Protocol):
@@ -372,8 +373,9 @@ class TrtllmWorker:
                 job.ledger.decide(decision)
         for client in evicted:
             job = self._jobs.get(self._ids.get(client, ""))
-            if job is not None:
+            if job is not None and job.handle is not None:
                 job.ledger.preemptions += 1
+                job.handle.restarts()
 
     def _end(self, job: _Job, outcome: str) -> None:
         """Before the last response is queued: a caller that has it may use the request id again."""
