@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 Timed: TypeAlias = tuple[BatchShape, float]  # a batch and its seconds
 
 WARM_UP_SECONDS: Final = 20.0
-WARM_UP_ROUNDS: Final = ((1, 64, 16), (4, 256, 24), (16, 128, 24), (32, 512, 32), (2, 2048, 8), (64, 64, 32))
+WARM_UP_ROUNDS: Final = (
+    (1, 64, 16), (4, 256, 24), (16, 128, 24), (1, 1024, 8), (32, 512, 32), (2, 2048, 8), (64, 64, 32)
+)  # fmt: skip
 LEAST_SAMPLES: Final = 40
 # Iterations of this length are assumed until some were measured: about those of an 8 B model on an A100.
 UNMEASURED: Final = {"pieces": [[2e-5, 0.0, 0.012]], "per_context": 5e-8, "per_area": 1e-9}
@@ -91,7 +93,7 @@ async def _exercise(front: LlmFront, config: EngineConfig, vocab_size: int, seco
                 ids = [chance.randrange(vocab_size) for _ in range(size)]
                 wish = Generation(f"warm-up-{index}", ids, (new,), SamplingParams(ignore_eos=True))
                 jobs.append(_times(front.generate(wish, (), Tickets(), None)))
-            seen += _told(sizes, started, await asyncio.gather(*jobs))
+            seen += _told(sizes, config.max_batch_tokens, started, await asyncio.gather(*jobs))
         first = False
     return seen
 
@@ -104,10 +106,11 @@ async def _times(handle: LlmHandle) -> list[float]:
     return times
 
 
-def _told(sizes: Sequence[int], started: float, times: Sequence[Sequence[float]]) -> list[Timed]:
-    """The batches of one round, seen from outside: a lone prompt's, and those in which everybody decodes."""
+def _told(sizes: Sequence[int], most: int, started: float, times: Sequence[Sequence[float]]) -> list[Timed]:
+    """The batches of one round, seen from outside: a lone prompt's of at most `most` tokens, and those in which
+    everybody decodes."""
     seen: list[Timed] = []
-    if len(sizes) == 1 and times[0]:
+    if len(sizes) == 1 and sizes[0] <= most:
         seen.append((BatchShape(sizes[0], 0, 0.5 * sizes[0] ** 2), times[0][0] - started))
     begin, end = max(each[0] for each in times), min(each[-1] for each in times)
     steps = [at for at in times[0] if begin <= at <= end]
