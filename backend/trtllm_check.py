@@ -13,6 +13,7 @@ composition round differently on a GPU, so the stock is first compared with itse
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,7 +86,7 @@ class Checks:
     def run(self) -> list[Result]:
         """All of them."""
         if not self._is_ready():
-            for name in list(CHECKS)[:8]:
+            for name in ("G1", "G2", "G3", "G5", "G6", "G7", "G8"):
                 self._add(name, None, f"mode {self._mode().value} only: {'; '.join(self.lab.built.findings.reasons)}")
             return self.results
         lab = self.lab
@@ -153,13 +155,10 @@ class Checks:
         """One prompt is given up in its middle by its caller, another one paused there; then both are sent again."""
         lab, block = self.lab, self.lab.config.block_tokens
         size = max(4, min(64, (lab.built.max_context - 40) // block)) * block
-        for name, planner, gives_up in (
-            ("cancelled", Erratic(2, 0.0, 1.0, size=block), 3),
-            ("paused", Erratic(3, 0.0, 1.0, size=block, evicts_at=4), 0),
-        ):
+        for name, evicts_at, gives_up in (("cancelled", 0, 3), ("paused", 4, 0)):
             job = Job(0.0, lab.prompt(size), 24)
-            lab.fly("full", lambda planner=planner: planner)  # type: ignore[misc]
-            if name == "paused" and lab.pilot is not None:
+            lab.fly("full", partial(Erratic, 2, 0.0, 1.0, size=block, evicts_at=evicts_at))
+            if evicts_at and lab.pilot is not None:
                 lab.pilot.risk_pauses_in_prompts()
             lab.run([job], gives_up)
             lab.fly("full")
@@ -229,31 +228,28 @@ def pace(lab: Lab, jobs: Sequence[Job]) -> dict[str, float]:
     return {"ttft_ms": 1000 * float(np.median(first)), "tpot_ms": 1000 * float(np.median(later))}
 
 
-def compare(version_dir: Path, checks: Checks) -> list[Result]:
+def compare(version_dir: Path, first: First) -> list[Result]:
     """G4 and G10: against an engine that nobody has tampered with, in processes of its own."""
-    lab = checks.lab
-    lab.fly("stock")
-    paced = lab.jobs(8, 128, 48)
-    here = pace(lab, paced)
-    names = list(checks.untampered)
-    lab.built.front.shutdown()
-    there = alone(version_dir, [checks.untampered[name].job for name in names], paced)
+    names = list(first.untampered)
+    there = alone(version_dir, [first.untampered[name].job for name in names], first.paced)
     if there is None:
         return [Result(name, CHECKS[name], False, "the engine in its own process failed") for name in ("G4", "G10")]
     texts = dict(zip(names, there[0], strict=True))
-    results = [_prefixes({name: alike([checks.untampered[name]], [texts[name]]) for name in names}, lab)]
-    where = "this process" if lab.engine is not None else "processes of its own"
-    detail = ", ".join(f"{key} {here[key]:.2f} in {where}, {there[1][key]:.2f} in its own" for key in here)
-    return [*results, Result("G10", CHECKS["G10"], True, detail)]
+    scores = {name: alike([first.untampered[name]], [texts[name]]) for name in names}
+    where = "this process" if first.is_here else "processes of its own"
+    detail = ", ".join(
+        f"{key} {value:.2f} in {where}, {there[1][key]:.2f} in its own" for key, value in first.pace.items()
+    )
+    return [_prefixes(scores, first.report["settings"]), Result("G10", CHECKS["G10"], True, detail)]
 
 
-def _prefixes(scores: Mapping[str, float], lab: Lab) -> Result:
+def _prefixes(scores: Mapping[str, float], settings: Mapping[str, Any]) -> Result:
     """That ours does not give prompts up in their middle is what is checked; what would happen else is told."""
     if not scores:
-        return Result("G4", CHECKS["G4"], None, f"mode {lab.built.findings.mode.value} only")
+        return Result("G4", CHECKS["G4"], None, "the planner is not in the engine's place")
     least = 1 - 2 * LEAST_ALIKE
     bears = "bears" if scores["paused"] > least else "does not bear"
-    text = f"alike {scores['cancelled']:.3f} after a cancel (reuse {lab.config.tensorrt_llm.block_reuse})"
+    text = f"alike {scores['cancelled']:.3f} after a cancel (reuse {settings['tensorrt_llm']['block_reuse']})"
     text += f"; this release {bears} a pause there ({scores['paused']:.3f}), which is never made with reuse"
     return Result("G4", CHECKS["G4"], scores["cancelled"] > least, text)
 
@@ -352,37 +348,64 @@ def run(args: argparse.Namespace) -> int:
 STATE: Final = {True: "passed", False: "FAILED", None: "not tried"}
 
 
+@dataclass(frozen=True, slots=True)
+class First:
+    """What the engine with the planner in it gave. `pace`: of `paced` under the stock; `is_here`: in this process."""
+
+    report: dict[str, Any]
+    results: list[Result]
+    samples: list[Sample]
+    untampered: dict[str, Ran]
+    paced: list[Job]
+    pace: dict[str, float]
+    is_here: bool
+
+
 def check(config: EngineConfig, version_dir: Path, seconds: float) -> tuple[dict[str, Any], list[Sample]]:
     """Everything, in order. Each engine is gone before the next one is loaded."""
+    first = first_engine(config, version_dir, seconds)
+    _let_go()
+    results = [*first.results, *compare(version_dir, first), *_other_overlap(config, version_dir)]
+    results.sort(key=lambda result: list(CHECKS).index(result.name.partition(" ")[0]))
+    return {**first.report, "checks": [asdict(result) for result in results]}, first.samples
+
+
+def _let_go() -> None:
+    """Give back the GPU's memory of an engine that nobody refers to any more."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def first_engine(config: EngineConfig, version_dir: Path, seconds: float) -> First:
+    """Start, probe, check, play the workload in every mode, and fit."""
     started = time.monotonic()
     built = build(config, version_dir)
     ready = time.monotonic() - started
-    lab = Lab(config, built)
-    checks = Checks(lab)
     try:
-        results = list(checks.run())
+        lab = Lab(config, built)
+        checks = Checks(lab)
+        results = checks.run()
         rows, seen, fitted = play(lab, seconds)
-        results += [_fit_result(fitted), *compare(version_dir, checks)]
+        lab.fly("stock")
+        paced = lab.jobs(8, 128, 48)
+        paces, is_here = pace(lab, paced), lab.engine is not None
     finally:
         built.front.shutdown()
-    results += _other_overlap(config, version_dir)
-    medians = host_time(seen)
-    return {
+    report = {
         "tensorrt_llm": built.version,
         "gpu": built.gpu,
         "settings": config.to_json(),
         "start": {"seconds": ready, "mode": built.mode.value},
         "probe": {"mode": built.findings.mode.value, "reasons": list(built.findings.reasons)},
         "capabilities": asdict(built.capabilities),
-        "checks": [asdict(result) for result in sorted(results, key=lambda each: list(CHECKS).index(_number(each)))],
         "fit": None if fitted is None else {"perf": fitted[0].to_json(), "mape": fitted[1]},
-        "decode_ms": {mode: 1000 * value for mode, value in medians.items()},
+        "decode_ms": {mode: 1000 * value for mode, value in host_time(seen).items()},
         "workload": rows,
-    }, [Sample(shape, value) for each in seen.values() for shape, value in each]
-
-
-def _number(result: Result) -> str:
-    return result.name.partition(" ")[0]
+    }
+    samples = [Sample(shape, value) for each in seen.values() for shape, value in each]
+    return First(report, [*results, _fit_result(fitted)], samples, checks.untampered, paced, paces, is_here)
 
 
 def play(

@@ -103,8 +103,11 @@ class LlmFront:
         return {"priority": priority(ticket.request)} if self._takes_priority and ticket is not None else {}
 
     def shutdown(self) -> None:
-        self._llm.shutdown()
-        self._closes()
+        """End the engine and let go of it: it holds the GPU's memory. The second time does nothing."""
+        llm, self._llm, self.engine = self._llm, None, None
+        if llm is not None:
+            llm.shutdown()
+            self._closes()
 
 
 def priority(request: Request) -> float:

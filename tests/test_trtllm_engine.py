@@ -139,6 +139,7 @@ def held(front: LlmFront, when: Callable[[], bool]) -> tuple[threading.Event, th
 
 
 @ALL
+@pytest.mark.filterwarnings("error:the FCFS waiting queue")
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
 @pytest.mark.parametrize("mode", ["full", "trim", "governor", "shadow"])
 def test_requests_are_answered_with_a_receipt(
@@ -434,7 +435,6 @@ def test_speculation_is_planned_where_the_drafter_asks(replica: Callable[..., Re
 
 
 @ALL
-@pytest.mark.filterwarnings("error")
 def test_the_official_switches_are_used_where_a_release_has_them(replica: Callable[..., Replica], release: str) -> None:
     """The Python scheduler, the priority queue, and KV manager 1; a release without them is not told of them."""
     front = replica(mode="full").built.front
