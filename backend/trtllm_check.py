@@ -198,8 +198,8 @@ def alone(version_dir: Path, jobs: Sequence[Job], paced: Sequence[Job]) -> tuple
         done = subprocess.run(command, env=environment, timeout=ALONE_SECONDS, check=False)
         if done.returncode:
             return None
-        texts, pace = json.loads(said.read_text())
-    return [Ran(job, ids) for job, ids in zip(jobs, texts, strict=True)], pace
+        texts, paces = json.loads(said.read_text())
+    return [Ran(job, ids) for job, ids in zip(jobs, texts, strict=True)], paces
 
 
 def _answer(version_dir: Path, asked: Path, said: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from callers import PATIENCE, Backend
 from trtllm_standin import next_token
 
-from slos_serve.backend import trtllm_api, trtllm_engine, trtllm_ranks, trtllm_speed
+from slos_serve.backend import trtllm_api, trtllm_engine, trtllm_pilot, trtllm_ranks, trtllm_speed
 from slos_serve.backend.build import build_engine
 from slos_serve.backend.cli import main
 from slos_serve.backend.config import parse_config, read_config
@@ -54,6 +54,12 @@ def version(tokenizer_folder: Path, tmp_path: Path) -> Path:
     shape = {"vocab_size": VOCABULARY, "eos_token_id": 0, "hidden_size": 4096, "num_hidden_layers": 32}
     (folder / "config.json").write_text(json.dumps(shape))
     return tmp_path / "1"
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planner that waits for a busy machine's CPU is not slow."""
+    monkeypatch.setattr(trtllm_pilot, "SLOW_SECONDS", 10.0)
 
 
 @pytest.fixture(params=["1.2"])
@@ -296,6 +302,7 @@ def test_shipped_profiles_are_chosen_by_gpu_and_model(version: Path) -> None:
         ({"draft_model": "target"}, {"speculation": "ngram"}, "draft_model: speculation 'ngram' has none"),
         ({"max_draft": 0}, {"speculation": "ngram"}, "max_draft: speculation 'ngram' needs at least 1"),
         ({}, {"speculation": "ngram", "overlap": True, "mode": "full"}, "overlap: must be false"),
+        ({}, {"speculation": "ngram", "overlap": True}, "overlap: must be false"),
         ({}, {"tensor_parallel": 2}, "tensor_parallel: 2 GPUs are needed, 1 are there"),
         ({"profile": "mine.json"}, {}, "profile: there is no file"),
     ],
