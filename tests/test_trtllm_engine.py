@@ -58,8 +58,9 @@ def version(tokenizer_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planner that waits for a busy machine's CPU is not slow."""
+    """A planner that waits for a busy machine's CPU is not slow, and half a second of warm-up is enough."""
     monkeypatch.setattr(trtllm_pilot, "SLOW_SECONDS", 10.0)
+    monkeypatch.setattr(trtllm_speed, "WARM_UP_SECONDS", 0.5)
 
 
 @pytest.fixture(params=["1.2"])
@@ -266,12 +267,11 @@ def test_unloading_answers_what_is_in_flight(replica: Callable[..., Replica]) ->
 
 @pytest.mark.parametrize("mode", ["full", "governor"])
 def test_a_warm_up_run_measures_what_no_profile_knows(
-    replica: Callable[..., Replica], version: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+    replica: Callable[..., Replica], version: Path, mode: str
 ) -> None:
     """A model that no shipped profile is about gets a time model: by a pilot looking on, else from the outside."""
     path = version / "target" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": 64}))
-    monkeypatch.setattr(trtllm_speed, "WARM_UP_SECONDS", 0.5)
     running = replica(mode=mode)
     assert running.built.perf.to_json() != trtllm_speed.UNMEASURED
     assert running.built.prefill_seconds(1) > 0.001
@@ -404,11 +404,8 @@ def test_a_release_without_compiled_engines_says_so(version: Path, gpu: None, re
         build_engine(parse_config(json.dumps(SETTINGS)), version)
 
 
-def test_a_compiled_engine_is_governed(
-    replica: Callable[..., Replica], version: Path, release: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_engine_is_governed(replica: Callable[..., Replica], version: Path, release: str) -> None:
     """Through the executor's API: promised, ordered and bounded in front of it, timed from outside."""
-    monkeypatch.setattr(trtllm_speed, "WARM_UP_SECONDS", 0.5)
     compiled(version, {})
     running = replica()
     assert running.built.mode.value == "governor"
@@ -595,8 +592,9 @@ def two_gpus(gpu: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
 def test_two_ranks_run_what_the_first_one_plans(replica: Callable[..., Replica], two_gpus: None, overlap: bool) -> None:
-    """The planner sits in rank 0, SLOs reach it over the link, and both ranks end with the same texts."""
+    """The planner sits in rank 0, SLOs and times go over the link, and both ranks end with the same texts."""
     running = replica(mode="full", overlap=overlap, tensor_parallel=2)
+    assert running.built.perf.to_json() != trtllm_speed.UNMEASURED
     assert running.built.mode.value == "full"
     prompts = [[5 + i] * (3 + 5 * i) for i in range(16)]
     asked = [EASY, {"slo_class": "best_effort"}]
