@@ -183,8 +183,9 @@ def _build(
         return install(takes, api, make, wanted, watcher, tickets)
 
     unmeasured = PerfModel.from_json(UNMEASURED)
-    shadow = partial(put, Mode.SHADOW, _Nobody(), Tickets(), None, unmeasured)
-    perf = time_model(config, version_dir, front, shadow, vocabulary)
+    tickets = Tickets() if ranks is None else ranks.tickets()
+    shadow = partial(put, Mode.SHADOW, _Nobody(), tickets, None, unmeasured)
+    perf = time_model(config, version_dir, front, shadow, vocabulary, tickets)
     return TrtllmBuilt(
         front, codec, vocabulary, perf, capabilities, findings,
         most_active=_most_active(config, takes, ranks),

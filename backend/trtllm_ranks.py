@@ -45,6 +45,7 @@ VARIABLE: Final = "TLLM_SLOS_SERVE_LINK"
 CREATOR: Final = "tensorrt_llm._torch.pyexecutor.py_executor_creator"
 HELLO_SECONDS: Final = 30.0
 TICKET_SECONDS: Final = 0.02
+MISSED: Final = 512  # requests without a ticket that are remembered, so that nobody waits for it again
 
 
 # In the front's process
@@ -192,11 +193,12 @@ class Link:
 
 
 class WaitingTickets(dict[int, Ticket]):
-    """A lookup waits a little: the ticket of a request travels beside it, and may come later."""
+    """The first lookup waits a little: the ticket of a request travels beside it, and may come later."""
 
     def __init__(self) -> None:
         super().__init__()
         self._news = threading.Condition()
+        self._missed: deque[int] = deque(maxlen=MISSED)
 
     def put(self, client_id: int, ticket: Ticket) -> None:
         with self._news:
@@ -204,10 +206,12 @@ class WaitingTickets(dict[int, Ticket]):
             self._news.notify_all()
 
     def get(self, client_id: int, default: Any = None) -> Any:
-        if client_id not in self:
+        found = super().get(client_id)
+        if found is None and client_id not in self._missed:
             with self._news:
-                self._news.wait_for(lambda: client_id in self, TICKET_SECONDS)
-        return super().get(client_id, default)
+                if not self._news.wait_for(lambda: client_id in self, TICKET_SECONDS):
+                    self._missed.append(client_id)
+        return super().get(client_id, default) if found is None else found
 
 
 class _Silent:

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from slos_serve.scheduler import BatchShape, PerfModel
+from slos_serve.scheduler import BatchShape, PerfModel, Request, Stage
 
 from .config import EngineConfig
 from .generation import Generation, SamplingParams
 from .profiling import Profile, Sample, fit_samples
 from .shipped import shipped_profile
 from .trtllm_front import LlmFront, LlmHandle
-from .trtllm_pilot import Pilot
+from .trtllm_pilot import Pilot, Ticket
 from .trtllm_ranks import RemotePilot
 from .trtllm_worker import Tickets
 
@@ -52,6 +52,7 @@ def time_model(
     front: LlmFront,
     shadow: Callable[[], Pilot | RemotePilot | None],
     vocab_size: int,
+    tickets: Tickets,
 ) -> PerfModel:
     """The known time model, else one measured in a warm-up run.
 
@@ -62,7 +63,7 @@ def time_model(
     if known is not None:
         return known
     pilot = shadow()
-    seen = asyncio.run(_exercise(front, config, vocab_size, WARM_UP_SECONDS))
+    seen = asyncio.run(_exercise(front, config, vocab_size, tickets, WARM_UP_SECONDS))
     fitted = fit_observed(pilot.samples if pilot is not None else seen)
     if fitted is None:
         log.warning("iteration times are assumed, not measured: give a profile")
@@ -71,7 +72,9 @@ def time_model(
     return fitted[0]
 
 
-async def _exercise(front: LlmFront, config: EngineConfig, vocab_size: int, seconds: float) -> list[Timed]:
+async def _exercise(
+    front: LlmFront, config: EngineConfig, vocab_size: int, tickets: Tickets, seconds: float
+) -> list[Timed]:
     """Run random prompts of several sizes and numbers, for about `seconds` but every size once; what was seen of it."""
     chance = random.Random(0)
     until = time.monotonic() + seconds
@@ -84,16 +87,19 @@ async def _exercise(front: LlmFront, config: EngineConfig, vocab_size: int, seco
             prompt = min(prompt, config.max_context - new - 1)
             if prompt < 1:
                 continue
-            sizes = [
-                max(1, prompt - chance.randrange(prompt // 2 + 1)) for _ in range(min(count, config.max_batch_requests))
-            ]
+            count = min(count, config.max_batch_requests)
+            sizes = [max(1, prompt - chance.randrange(prompt // 2 + 1)) for _ in range(count)]
             started = time.monotonic()
-            jobs = []
+            handles = []
             for index, size in enumerate(sizes):
-                ids = [chance.randrange(vocab_size) for _ in range(size)]
-                wish = Generation(f"warm-up-{index}", ids, (new,), SamplingParams(ignore_eos=True))
-                jobs.append(_times(front.generate(wish, (), Tickets(), None)))
-            seen += _told(sizes, config.max_batch_tokens, started, await asyncio.gather(*jobs))
+                name, ids = f"warm-up-{index}", [chance.randrange(vocab_size) for _ in range(size)]
+                wish = Generation(name, ids, (new,), SamplingParams(ignore_eos=True))
+                ticket = Ticket(Request(name, started, size, (Stage(new),)))
+                handles.append(front.generate(wish, (), tickets, ticket))
+            times = await asyncio.gather(*map(_times, handles))
+            seen += _told(sizes, config.max_batch_tokens, started, times)
+            for handle in handles:
+                tickets.pop(handle.client_id, None)
         first = False
     return seen
 
