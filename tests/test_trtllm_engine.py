@@ -346,9 +346,8 @@ def test_an_engine_that_cannot_be_loaded_says_so_in_its_own_words(
     version: Path, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever TensorRT-LLM raises while loading: a library that is missing, weights that do not fit."""
-    path = version / "target" / "config.json"
-    path.write_text(path.read_text().replace(f'"vocab_size": {VOCABULARY}', '"vocab_size": "many"'))
-    with pytest.raises(ValueError, match=r"standin cannot load .*target: ValueError: invalid literal"):
+    monkeypatch.setenv("STANDIN_PACE", "fast")
+    with pytest.raises(ValueError, match=r"standin cannot load .*target: ValueError: could not convert"):
         build_engine(parse_config(json.dumps(SETTINGS)), version)
     monkeypatch.setattr(importlib, "import_module", lambda name: (_ for _ in ()).throw(OSError("libnvinfer.so.10")))
     with pytest.raises(ValueError, match=r"tensorrt_llm cannot be imported \(libnvinfer\.so\.10\)"):
