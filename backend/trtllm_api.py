@@ -22,11 +22,12 @@ INNER: Final[Mapping[str, tuple[str, ...]]] = {
     "tensorrt_llm._torch.pyexecutor.llm_request": ("LlmRequest", "LlmRequestState"),
     "tensorrt_llm._torch.pyexecutor.py_executor": ("PyExecutor",),
 }
-SPECULATION: Final[Mapping[str, str]] = {
-    "ngram": "NGramDecodingConfig",
-    "draft_target": "DraftTargetDecodingConfig",
-    "eagle3": "EagleDecodingConfig",
-    "mtp": "MTPDecodingConfig",
+# The first name that is there. Eagle of the third kind got a name of its own in 1.3.
+SPECULATION: Final[Mapping[str, tuple[str, ...]]] = {
+    "ngram": ("NGramDecodingConfig",),
+    "draft_target": ("DraftTargetDecodingConfig",),
+    "eagle3": ("Eagle3DecodingConfig", "EagleDecodingConfig"),
+    "mtp": ("MTPDecodingConfig",),
 }
 
 
@@ -69,11 +70,11 @@ def load() -> Api:
 
 def speculation(kind: str) -> Any:
     """The configuration class of a kind of speculation. Raises ValueError where this release has none."""
-    name = SPECULATION[kind]
-    found = getattr(importlib.import_module("tensorrt_llm.llmapi"), name, None)
-    if found is None:
-        raise ValueError(f"speculation: this TensorRT-LLM has no {name} for {kind!r}")
-    return found
+    module = importlib.import_module("tensorrt_llm.llmapi")
+    for name in SPECULATION[kind]:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise ValueError(f"speculation: this TensorRT-LLM has no {SPECULATION[kind][-1]} for {kind!r}")
 
 
 def compiled_llm() -> Any:

@@ -2,111 +2,65 @@
 
     slos-serve trtllm-check MODEL_REPOSITORY/MODEL/1 --out check.json
 
-Loads the model as the server would, runs the probe, then checks that only a GPU can decide (G1 to G10), fits the
-time model to what ran, and plays one mixed workload under the stock scheduler, in shadow, trimmed and in full. Prints
-a table, writes everything as JSON, and ends with 0 when nothing failed. The checks compare token ids: batches of
-other composition round differently on a GPU, so the stock is first compared with itself and sets the bar.
+Loads the model as the server would, runs the probe, then the ten checks that only a GPU can decide, fits the time
+model to what ran, and plays one mixed workload under the stock scheduler, in shadow, trimmed and in full. Then it loads
+the model again: with overlap the other way, for the checks that it matters to, and in a process of its own whose
+engine is in others again, for texts that nobody has tampered with and for the price of one process. Prints a table,
+writes everything as JSON, and ends with 0 when nothing failed. The checks compare token ids: batches of other
+composition round differently on a GPU, so the stock is first compared with itself and sets the bar.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import gc
 import json
 import logging
+import os
 import random
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from slos_serve.scheduler import BatchShape, Chunk, PerfModel, Plan, Request, Slo, Snapshot, Stage, StepReport
+from slos_serve.scheduler import BatchShape, PerfModel, Slo, Stage
 from slos_serve.scheduler.attainment import attained
-from slos_serve.scheduler.engine import Planner
 from slos_serve.scheduler.perf import FitQuality
 
 from .config import EngineConfig, read_config
-from .generation import Generation, SamplingParams
 from .profiling import Profile, Sample
-from .trtllm_engine import TrtllmBuilt, build, fit_observed, uninstall
-from .trtllm_pilot import Mode, Pilot, Ticket
-from .trtllm_worker import Tickets
+from .trtllm_engine import build
+from .trtllm_lab import Erratic, Job, Lab, Ran, alike
+from .trtllm_pilot import Mode, Pilot
+from .trtllm_speed import fit_observed
 
 log = logging.getLogger(__name__)
 
+CHECKS: Final[Mapping[str, str]] = {
+    "G1": "random chunks, holds and pauses",
+    "G2": "pause beyond 2048 tokens",
+    "G3": "holds of many iterations",
+    "G4": "same prefix after a prompt was given up in its middle",
+    "G5": "pauses with a draft model",
+    "G6": "prompts that fill max_batch_tokens exactly",
+    "G7": "more requests than slots",
+    "G8": "KV exhaustion",
+    "G9": "time model",
+    "G10": "engine in this process or in its own",
+}
 MODES: Final = ("stock", "shadow", "trim", "full")
 LOAD: Final = 0.7
 CLASSES: Final = (Slo(0.5, 0.05), Slo(1.0, 0.1), Slo(0.25, 0.03), None)
 LEAST_ALIKE: Final = 0.1  # so much worse than the stock against itself may a check be
-
-
-class Erratic:
-    """A planner without sense: runs, holds, cuts and evicts at random. Nothing it says may change a text."""
-
-    def __init__(self, seed: int, evicts: float, runs: float) -> None:
-        self._chance = random.Random(seed)
-        self._evicts = evicts
-        self._runs = runs
-        self._live: dict[str, int] = {}
-
-    def add(self, request: Request, now: float) -> None:
-        self._live[request.id] = request.prompt_tokens
-
-    def cancel(self, request_id: str) -> bool:
-        return self._live.pop(request_id, None) is not None
-
-    def report(self, report: StepReport) -> None:
-        for advance in report.advances:
-            if advance.done:
-                del self._live[advance.request_id]
-
-    def plan(self, now: float) -> Plan:
-        evicted = tuple(name for name in self._live if self._chance.random() < self._evicts)
-        running = [name for name in self._live if name not in evicted and self._chance.random() < self._runs]
-        self._chance.shuffle(running)
-        return Plan(tuple(Chunk(name, 0, self._size(self._live[name])) for name in running), evicted)
-
-    def _size(self, prompt: int) -> int:
-        return self._chance.choice([1, 64, prompt // 3 + 1, prompt])
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot(len(self._live), 0, 0, 0, 0, 0, 0, 0, 0, 0)
-
-
-class Watch:
-    """Counts what a pilot tells."""
-
-    def __init__(self) -> None:
-        self.pauses = 0
-
-    def stepped(self, plan: Plan, report: StepReport, planning: float) -> None: ...
-    def event(self, kind: str, detail: str) -> None: ...
-    def planned(self, plan: Plan, clients: Mapping[str, int]) -> None:
-        self.pauses += len(plan.evicted)
-
-    def measured(self, snapshot: Snapshot) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request to play: when it comes, its prompt, how much it wants, what it was promised."""
-
-    at: float
-    prompt: tuple[int, ...]
-    new: int
-    slo: Slo | None = None
-
-
-@dataclass(slots=True)
-class Ran:
-    """What came of a job: token ids with the time of each, in seconds from the start."""
-
-    job: Job
-    ids: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+MOST_MAPE: Final = 15.0
+ALONE_SECONDS: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,108 +73,60 @@ class Result:
     detail: str
 
 
-class Lab:
-    """A loaded engine on which planners are tried one after the other."""
-
-    def __init__(self, config: EngineConfig, built: TrtllmBuilt, seed: int = 0) -> None:
-        self.config = config
-        self.built = built
-        self.chance = random.Random(seed)
-        self.pilot: Pilot | None = None
-        self.watch = Watch()
-        self.tickets = Tickets()
-
-    @property
-    def engine(self) -> Any:
-        return self.built.front.engine
-
-    def fly(self, mode: str, planner: Callable[[], Planner] | None = None) -> None:
-        """Put a pilot of this mode in place, or take it away ("stock"). The engine must be idle."""
-        self.watch, self.tickets = Watch(), Tickets()
-        if mode == "stock":
-            self.pilot = None
-            if self.engine is not None:
-                uninstall(self.engine)
-            return
-        pilot = self.built.install(Mode(mode), self.watch, self.tickets, planner)
-        self.pilot = pilot if isinstance(pilot, Pilot) else None
-
-    def run(self, jobs: Sequence[Job], abort_at: Mapping[int, int] | None = None) -> list[Ran]:
-        """Play jobs at their times; `abort_at` gives some up after so many milliseconds."""
-        return asyncio.run(self._run(jobs, abort_at or {}))
-
-    async def _run(self, jobs: Sequence[Job], abort_at: Mapping[int, int]) -> list[Ran]:
-        start = time.monotonic()
-        return list(await asyncio.gather(*(self._play(i, job, start, abort_at.get(i)) for i, job in enumerate(jobs))))
-
-    async def _play(self, index: int, job: Job, start: float, abort_ms: int | None) -> Ran:
-        await asyncio.sleep(max(start + job.at - time.monotonic(), 0))
-        request = Request(f"check-{index}", start + job.at, len(job.prompt), (Stage(job.new, job.slo),))
-        wish = Generation(request.id, job.prompt, (job.new,), SamplingParams(ignore_eos=True))
-        handle = self.built.front.generate(wish, (), self.tickets, Ticket(request))
-        if abort_ms is not None:
-            asyncio.get_running_loop().call_later(abort_ms / 1000, handle.abort)
-        ran = Ran(job)
-        async for fresh in handle.results():
-            ran.ids += fresh.token_ids
-            ran.times += [time.monotonic() - start] * len(fresh.token_ids)
-        return ran
-
-    def prompt(self, tokens: int) -> tuple[int, ...]:
-        return tuple(self.chance.randrange(5, self.built.vocab_size) for _ in range(tokens))
-
-    def jobs(self, count: int, prompt: int, new: int) -> list[Job]:
-        """Requests at once, of lengths between half and all of `prompt`, as far as the context goes."""
-        prompt = max(2, min(prompt, self.built.max_context - new - 1))
-        return [Job(0.0, self.prompt(prompt - self.chance.randrange(prompt // 2)), new) for _ in range(count)]
-
-
-def alike(first: Iterable[Ran], second: Iterable[Ran]) -> float:
-    """Share of the tokens that come before two runs of the same jobs begin to differ."""
-    same = total = 0
-    for one, other in zip(first, second, strict=True):
-        pairs = list(zip(one.ids, other.ids, strict=False))
-        differs = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        same, total = same + differs, total + max(len(one.ids), len(other.ids), 1)
-    return same / max(total, 1)
-
-
 class Checks:
-    """The checks that need the real engine, by name."""
+    """G1 to G8, on one loaded engine."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, note: str = "") -> None:
+        """`note` is added to the names."""
         self.lab = lab
         self.results: list[Result] = []
+        self.untampered: dict[str, Ran] = {}  # texts that an engine with an empty cache must give too
+        self._note = note
 
     def run(self) -> list[Result]:
+        """All of them."""
+        if not self._is_ready():
+            for name in ("G1", "G2", "G3", "G5", "G6", "G7", "G8"):
+                self._add(name, None, f"mode {self._mode().value} only: {'; '.join(self.lab.built.findings.reasons)}")
+            return self.results
         lab = self.lab
-        mode = lab.built.findings.mode
-        if lab.engine is None or mode is not Mode.FULL:
-            why = "; ".join(lab.built.findings.reasons)
-            return [Result("G1-G8", "planner in the engine's place", None, f"mode {mode.value} only: {why}")]
-        size = min(lab.config.max_batch_requests, 16)
-        self._texts("G1", "random chunks, holds and pauses", lab.jobs(size, 600, 48), evicts=0.03, runs=0.6)
+        self.overlap_matters()
         self._long_pause()
-        self._texts("G3", "holds of many iterations", lab.jobs(size, 64, 64), evicts=0.0, runs=0.3)
-        self._prefix_after_abort()
-        if lab.config.tensorrt_llm.speculation == "draft_target":
-            self._texts("G5", "pauses with a draft model", lab.jobs(size, 200, 48), evicts=0.1, runs=0.8)
-        else:
-            self._add("G5", "pauses with a draft model", None, "no draft model is set")
-        whole = lab.config.max_batch_tokens
-        self._ends("G6", "prompts that fill max_batch_tokens exactly", [
-            Job(0.0, lab.prompt(min(whole, lab.built.max_context - 9)), 8) for _ in range(4)
-        ])  # fmt: skip
-        many = lab.config.max_batch_requests + 8
-        self._ends("G7", "more requests than slots", lab.jobs(many, 16, 24))
+        self._given_up()
+        self._with_drafts()
+        whole = min(lab.config.max_batch_tokens, lab.built.max_context - 9)
+        self._ends("G6", [Job(0.0, lab.prompt(whole), 8) for _ in range(4)])
+        self._ends("G7", lab.jobs(lab.config.max_batch_requests + 8, 16, 24))
         self._exhaustion()
         return self.results
 
-    def _add(self, name: str, what: str, passed: bool | None, detail: str) -> None:
-        self.results.append(Result(name, what, passed, detail))
-        log.info("%s %s: %s (%s)", name, what, {True: "passed", False: "FAILED", None: "not tried"}[passed], detail)
+    def overlap_matters(self) -> list[Result]:
+        """Those that can go wrong in one way with overlap, in another without."""
+        if self._is_ready():
+            size = min(self.lab.config.max_batch_requests, 16)
+            self._texts("G1", self.lab.jobs(size, 600, 48), evicts=0.03, runs=0.6)
+            self._texts("G3", self.lab.jobs(size, 64, 64), evicts=0.0, runs=0.3)
+        return self.results
 
-    def _texts(self, name: str, what: str, jobs: Sequence[Job], evicts: float, runs: float) -> None:
+    def _mode(self) -> Mode:
+        return self.lab.built.findings.mode
+
+    def _is_ready(self) -> bool:
+        return self.lab.engine is not None and self._mode() is Mode.FULL
+
+    def _add(self, name: str, passed: bool | None, detail: str) -> None:
+        self.results.append(Result(name + self._note, CHECKS[name], passed, detail))
+        log.info("%s%s %s: %s (%s)", name, self._note, CHECKS[name], STATE[passed], detail)
+
+    def _has_kept(self) -> bool:
+        """Whether the planner was left in charge and did not fail."""
+        pilot = self.lab.pilot
+        return pilot is not None and pilot.mode is Mode.FULL and not pilot.counts["fault"]
+
+    def _counts(self) -> dict[str, int]:
+        return dict(self.lab.pilot.counts) if self.lab.pilot is not None else {}
+
+    def _texts(self, name: str, jobs: Sequence[Job], evicts: float, runs: float) -> None:
         """The same texts under an erratic planner as under the stock, as far as the stock agrees with itself."""
         lab = self.lab
         lab.fly("stock")
@@ -229,43 +135,40 @@ class Checks:
         bar = alike(reference, reversed(turned))
         lab.fly("full", lambda: Erratic(1, evicts, runs))
         score = alike(reference, lab.run(jobs))
-        assert lab.pilot is not None
-        kept = lab.pilot.mode is Mode.FULL and not lab.pilot.counts["fault"]
-        text = f"alike {score:.3f}, stock with itself {bar:.3f}, {lab.watch.pauses} pauses, {dict(lab.pilot.counts)}"
-        self._add(name, what, kept and score >= bar - LEAST_ALIKE, text)
+        text = f"alike {score:.3f}, stock with itself {bar:.3f}, {lab.watch.pauses} pauses, {self._counts()}"
+        self._add(name, self._has_kept() and score >= bar - LEAST_ALIKE, text)
 
-    def _ends(self, name: str, what: str, jobs: Sequence[Job]) -> None:
+    def _ends(self, name: str, jobs: Sequence[Job]) -> None:
         """Under the real planner everybody gets all tokens."""
-        lab = self.lab
-        lab.fly("full")
-        ran = lab.run(jobs)
-        assert lab.pilot is not None
+        self.lab.fly("full")
+        ran = self.lab.run(jobs)
         whole = all(len(each.ids) == each.job.new for each in ran)
-        kept = lab.pilot.mode is Mode.FULL and not lab.pilot.counts["fault"]
-        self._add(name, what, whole and kept, f"{len(jobs)} requests, {dict(lab.pilot.counts)}")
+        self._add(name, whole and self._has_kept(), f"{len(jobs)} requests, {self._counts()}")
 
     def _long_pause(self) -> None:
         if self.lab.built.max_context < 2400:
-            self._add("G2", "pause beyond 2048 tokens", None, f"max_context is {self.lab.built.max_context}")
-            return
-        self._texts("G2", "pause beyond 2048 tokens", self.lab.jobs(4, 2300, 48), evicts=0.05, runs=0.9)
+            self._add("G2", None, f"max_context is {self.lab.built.max_context}")
+        else:
+            self._texts("G2", self.lab.jobs(4, 2300, 48), evicts=0.05, runs=0.9)
 
-    def _prefix_after_abort(self) -> None:
-        """A prompt is given up in its middle by its caller; another with the same beginning must not notice."""
-        lab = self.lab
-        tokens = lab.prompt(min(3000, lab.built.max_context - 40))
-        job = Job(0.0, tokens, 24)
-        lab.fly("stock")
-        bar = lab.run([Job(0.0, tokens[:-1], 24)])
-        fresh = Job(0.0, lab.prompt(len(tokens)), 24)
-        lab.fly("full")
-        lab.run([fresh], {0: 5})
-        after = lab.run([Job(0.0, fresh.prompt[:-1], 24)])
-        lab.fly("stock")
-        again = lab.run([Job(0.0, fresh.prompt[:-1], 24)])
-        score = alike(after, again)
-        text = f"alike {score:.3f} ({len(job.prompt)} tokens, reuse {lab.config.tensorrt_llm.block_reuse})"
-        self._add("G4", "same prefix after a prompt was given up", bool(bar) and score > 1 - 2 * LEAST_ALIKE, text)
+    def _given_up(self) -> None:
+        """One prompt is given up in its middle by its caller, another one paused there; then both are sent again."""
+        lab, block = self.lab, self.lab.config.block_tokens
+        size = max(4, min(64, (lab.built.max_context - 40) // block)) * block
+        for name, evicts_at, gives_up in (("cancelled", 0, 3), ("paused", 4, 0)):
+            job = Job(0.0, lab.prompt(size), 24)
+            lab.fly("full", partial(Erratic, 2, 0.0, 1.0, size=block, evicts_at=evicts_at))
+            if evicts_at and lab.pilot is not None:
+                lab.pilot.risk_pauses_in_prompts()
+            lab.run([job], gives_up)
+            lab.fly("full")
+            self.untampered[name] = lab.run([Job(0.0, (*job.prompt, 5), 24)])[0]
+
+    def _with_drafts(self) -> None:
+        if self.lab.config.tensorrt_llm.speculation == "draft_target":
+            self._texts("G5", self.lab.jobs(8, 200, 48), evicts=0.1, runs=0.8)
+        else:
+            self._add("G5", None, "no draft model is set")
 
     def _exhaustion(self) -> None:
         """More context than there are blocks."""
@@ -274,9 +177,81 @@ class Checks:
         each = max(2, lab.built.max_context // 2)
         count = 2 + room // each
         if count > 4 * lab.config.max_batch_requests or count * each > 4_000_000:
-            self._add("G8", "KV exhaustion", None, f"{room} tokens fit: set kv_fraction lower to try")
-            return
-        self._ends("G8", "KV exhaustion", lab.jobs(int(count), each, min(64, each // 2)))
+            self._add("G8", None, f"{room} tokens fit: set kv_fraction lower to try")
+        else:
+            self._ends("G8", lab.jobs(int(count), each, min(64, each // 2)))
+
+
+# With an engine of its own
+
+
+def alone(version_dir: Path, jobs: Sequence[Job], paced: Sequence[Job]) -> tuple[list[Ran], dict[str, float]] | None:
+    """`jobs` one after the other, and the pace of `paced`, on a fresh engine in processes of its own; None: it failed.
+
+    In a child process: TensorRT-LLM decides only once in a process where its engine goes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked, said = Path(folder) / "asked.json", Path(folder) / "said.json"
+        asked.write_text(json.dumps([[[job.prompt, job.new] for job in each] for each in (jobs, paced)]))
+        command = [sys.executable, "-m", __name__, str(version_dir), str(asked), str(said)]
+        environment = {**os.environ, "TLLM_WORKER_USE_SINGLE_PROCESS": "0"}
+        done = subprocess.run(command, env=environment, timeout=ALONE_SECONDS, check=False)
+        if done.returncode:
+            return None
+        texts, paces = json.loads(said.read_text())
+    return [Ran(job, ids) for job, ids in zip(jobs, texts, strict=True)], paces
+
+
+def _answer(version_dir: Path, asked: Path, said: Path) -> None:
+    """What `alone` does, in the child."""
+    config = _governed(read_config(version_dir))
+    built = build(config, version_dir)
+    try:
+        lab = Lab(config, built)
+        jobs, paced = ([Job(0.0, tuple(p), new) for p, new in each] for each in json.loads(asked.read_text()))
+        texts = [lab.run([job])[0].ids for job in jobs]
+        said.write_text(json.dumps([texts, pace(lab, paced)]))
+    finally:
+        built.front.shutdown()
+
+
+def _governed(config: EngineConfig) -> EngineConfig:
+    return replace(config, tensorrt_llm=replace(config.tensorrt_llm, mode="governor"))
+
+
+def pace(lab: Lab, jobs: Sequence[Job]) -> dict[str, float]:
+    """Median milliseconds to the first token and per later one, of the second time that they are played."""
+    lab.run(jobs)
+    ran = [each for each in lab.run(jobs) if len(each.times) > 1]
+    first = [each.times[0] for each in ran]
+    later = [(each.times[-1] - each.times[0]) / (len(each.times) - 1) for each in ran]
+    return {"ttft_ms": 1000 * float(np.median(first)), "tpot_ms": 1000 * float(np.median(later))}
+
+
+def compare(version_dir: Path, first: First) -> list[Result]:
+    """G4 and G10: against an engine that nobody has tampered with, in processes of its own."""
+    names = list(first.untampered)
+    there = alone(version_dir, [first.untampered[name].job for name in names], first.paced)
+    if there is None:
+        return [Result(name, CHECKS[name], False, "the engine in its own process failed") for name in ("G4", "G10")]
+    texts = dict(zip(names, there[0], strict=True))
+    scores = {name: alike([first.untampered[name]], [texts[name]]) for name in names}
+    where = "this process" if first.is_here else "processes of its own"
+    detail = ", ".join(
+        f"{key} {value:.2f} in {where}, {there[1][key]:.2f} in its own" for key, value in first.pace.items()
+    )
+    return [_prefixes(scores, first.report["settings"]), Result("G10", CHECKS["G10"], True, detail)]
+
+
+def _prefixes(scores: Mapping[str, float], settings: Mapping[str, Any]) -> Result:
+    """That ours does not give prompts up in their middle is what is checked; what would happen else is told."""
+    if not scores:
+        return Result("G4", CHECKS["G4"], None, "the planner is not in the engine's place")
+    least = 1 - 2 * LEAST_ALIKE
+    bears = "bears" if scores["paused"] > least else "does not bear"
+    text = f"alike {scores['cancelled']:.3f} after a cancel (reuse {settings['tensorrt_llm']['block_reuse']})"
+    text += f"; this release {bears} a pause there ({scores['paused']:.3f}), which is never made with reuse"
+    return Result("G4", CHECKS["G4"], scores["cancelled"] > least, text)
 
 
 # The workload
@@ -358,17 +333,13 @@ def run(args: argparse.Namespace) -> int:
     if config.engine != "tensorrt_llm":
         raise ValueError(f"engine: must be tensorrt_llm, got {config.engine!r}")
     config = replace(config, tensorrt_llm=replace(config.tensorrt_llm, mode="auto"))
-    built = build(config, args.version_dir)
-    try:
-        report, samples = check(Lab(config, built), args.seconds)
-    finally:
-        built.front.shutdown()
+    report, samples = check(config, args.version_dir, args.seconds)
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.profile and report["fit"]:
         write_profile(args.profile, report, samples)
     print(table(report["workload"]))
     for result in report["checks"]:
-        print(f"{result['name']:6} {STATE[result['passed']]:10} {result['what']}: {result['detail']}")
+        print(f"{result['name']:12} {STATE[result['passed']]:10} {result['what']}: {result['detail']}")
     print(f"probe: mode {report['probe']['mode']}; " + ("; ".join(report["probe"]["reasons"]) or "every check passed"))
     print(f"all of it is in {args.out}")
     return 1 if any(result["passed"] is False for result in report["checks"]) else 0
@@ -377,38 +348,101 @@ def run(args: argparse.Namespace) -> int:
 STATE: Final = {True: "passed", False: "FAILED", None: "not tried"}
 
 
-def check(lab: Lab, seconds: float) -> tuple[dict[str, Any], list[Sample]]:
-    """Everything, in order."""
-    checks = Checks(lab)
-    results = checks.run()
-    perf = lab.built.perf
+@dataclass(frozen=True, slots=True)
+class First:
+    """What the engine with the planner in it gave. `pace`: of `paced` under the stock; `is_here`: in this process."""
+
+    report: dict[str, Any]
+    results: list[Result]
+    samples: list[Sample]
+    untampered: dict[str, Ran]
+    paced: list[Job]
+    pace: dict[str, float]
+    is_here: bool
+
+
+def check(config: EngineConfig, version_dir: Path, seconds: float) -> tuple[dict[str, Any], list[Sample]]:
+    """Everything, in order. Each engine is gone before the next one is loaded."""
+    first = first_engine(config, version_dir, seconds)
+    _let_go()
+    results = [*first.results, *compare(version_dir, first), *_other_overlap(config, version_dir)]
+    results.sort(key=lambda result: list(CHECKS).index(result.name.partition(" ")[0]))
+    return {**first.report, "checks": [asdict(result) for result in results]}, first.samples
+
+
+def _let_go() -> None:
+    """Give back the GPU's memory of an engine that nobody refers to any more."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def first_engine(config: EngineConfig, version_dir: Path, seconds: float) -> First:
+    """Start, probe, check, play the workload in every mode, and fit."""
+    started = time.monotonic()
+    built = build(config, version_dir)
+    ready = time.monotonic() - started
+    try:
+        lab = Lab(config, built)
+        checks = Checks(lab)
+        results = checks.run()
+        rows, seen, fitted = play(lab, seconds)
+        lab.fly("stock")
+        paced = lab.jobs(8, 128, 48)
+        paces, is_here = pace(lab, paced), lab.engine is not None
+    finally:
+        built.front.shutdown()
+    report = {
+        "tensorrt_llm": built.version,
+        "gpu": built.gpu,
+        "settings": config.to_json(),
+        "start": {"seconds": ready, "mode": built.mode.value},
+        "probe": {"mode": built.findings.mode.value, "reasons": list(built.findings.reasons)},
+        "capabilities": asdict(built.capabilities),
+        "fit": None if fitted is None else {"perf": fitted[0].to_json(), "mape": fitted[1]},
+        "decode_ms": {mode: 1000 * value for mode, value in host_time(seen).items()},
+        "workload": rows,
+    }
+    samples = [Sample(shape, value) for each in seen.values() for shape, value in each]
+    return First(report, [*results, _fit_result(fitted)], samples, checks.untampered, paced, paces, is_here)
+
+
+def play(
+    lab: Lab, seconds: float
+) -> tuple[list[dict[str, Any]], dict[str, list[tuple[BatchShape, float]]], tuple[PerfModel, float] | None]:
+    """One workload in every mode that the probe allows; the batches that were seen, and the time model of the last."""
     rows, seen, fitted = [], {}, None
-    jobs = workload(lab, perf, seconds)
+    jobs = workload(lab, lab.built.perf, seconds)
     allowed = {Mode.FULL: 4, Mode.TRIM: 3, Mode.GOVERNOR: 1}[lab.built.findings.mode]
     for mode in MODES[:allowed]:
         lab.fly(mode)
         rows.append(summary(mode, lab.run(jobs), lab.pilot))
         if lab.pilot is not None:
             seen[mode] = list(lab.pilot.samples)
-            fitted = fit_observed(lab.pilot) or fitted
+            fitted = fit_observed(seen[mode]) or fitted
+    return rows, seen, fitted
+
+
+def _fit_result(fitted: tuple[PerfModel, float] | None) -> Result:
     if fitted is None:
-        results.append(Result("G9", "time model", None, "too few batches were seen"))
-    else:
-        results.append(Result("G9", "time model", fitted[1] < 15.0, f"MAPE {fitted[1]:.1f} % on batches left out"))
-    medians = host_time(seen)
-    text = ", ".join(f"{mode} {1000 * value:.2f} ms" for mode, value in medians.items())
-    results.append(Result("G10", "time of a decode iteration, planner included", None if not medians else True, text))
-    samples = [Sample(shape, value) for each in seen.values() for shape, value in each]
-    return {
-        "tensorrt_llm": lab.built.version,
-        "gpu": lab.built.gpu,
-        "settings": lab.config.to_json(),
-        "probe": {"mode": lab.built.findings.mode.value, "reasons": list(lab.built.findings.reasons)},
-        "capabilities": asdict(lab.built.capabilities),
-        "checks": [asdict(result) for result in results],
-        "fit": None if fitted is None else {"perf": fitted[0].to_json(), "mape": fitted[1]},
-        "workload": rows,
-    }, samples
+        return Result("G9", CHECKS["G9"], None, "too few batches were seen")
+    return Result("G9", CHECKS["G9"], fitted[1] < MOST_MAPE, f"MAPE {fitted[1]:.1f} % on batches left out")
+
+
+def _other_overlap(config: EngineConfig, version_dir: Path) -> list[Result]:
+    """The checks that overlap matters to, with it the other way."""
+    own = config.tensorrt_llm
+    note = " plain" if own.overlap else " overlap"
+    try:
+        turned = replace(config, tensorrt_llm=replace(own, overlap=not own.overlap))
+        built = build(turned, version_dir)
+    except ValueError as error:
+        return [Result(name + note, CHECKS[name], None, str(error)) for name in ("G1", "G3")]
+    try:
+        return Checks(Lab(turned, built), note).overlap_matters()
+    finally:
+        built.front.shutdown()
 
 
 def write_profile(path: Path, report: Mapping[str, Any], samples: Sequence[Sample]) -> None:
@@ -418,3 +452,7 @@ def write_profile(path: Path, report: Mapping[str, Any], samples: Sequence[Sampl
     host = {"gpu": report["gpu"], "tensorrt_llm": report["tensorrt_llm"]}
     profile = Profile(host, {"model": report["settings"]["model"]}, perf, fit, tuple(samples))
     path.write_text(json.dumps(profile.to_json()) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _answer(*map(Path, sys.argv[1:]))

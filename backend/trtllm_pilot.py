@@ -23,7 +23,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 from slos_serve.scheduler.core import Advance, Plan, Request, RequestId, Snapshot, Stage, StepReport
@@ -171,6 +171,10 @@ class Pilot:
         self._faults = 0
         self.mode, self.reason = mode, "as ordered"
         self._drove = self._drove or mode in (Mode.FULL, Mode.TRIM)
+
+    def risk_pauses_in_prompts(self) -> None:
+        """Pause inside prompts too, whatever is remembered of them: to find out whether this release bears it."""
+        self._cockpit = replace(self._cockpit, limits=replace(self._cockpit.limits, pauses_mid_prefill=True))
 
     @property
     def stock(self) -> Any:

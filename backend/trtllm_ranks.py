@@ -23,6 +23,7 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -31,10 +32,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from slos_serve.scheduler import POLICIES, Capabilities, PerfModel
+from slos_serve.scheduler import POLICIES, BatchShape, Capabilities, PerfModel
 from slos_serve.scheduler.core import Plan, RequestId, Snapshot, StepReport
 
-from .trtllm_pilot import Cockpit, Mode, Pilot, Ticket
+from .trtllm_pilot import SAMPLES, Cockpit, Mode, Pilot, Ticket
 from .trtllm_probe import Check, Findings, capabilities_of, limits_of, prepare, probe, scheduler_class
 from .trtllm_worker import Tickets
 
@@ -44,16 +45,18 @@ VARIABLE: Final = "TLLM_SLOS_SERVE_LINK"
 CREATOR: Final = "tensorrt_llm._torch.pyexecutor.py_executor_creator"
 HELLO_SECONDS: Final = 30.0
 TICKET_SECONDS: Final = 0.02
+MISSED: Final = 512  # requests without a ticket that are remembered, so that nobody waits for it again
 
 
 # In the front's process
 
 
 class RemotePilot:
-    """What the front knows of the pilot in rank 0."""
+    """What the front knows of the pilot in rank 0: its mode, and the batches that it saw with their seconds."""
 
     def __init__(self, mode: Mode) -> None:
         self.mode = mode
+        self.samples: deque[tuple[BatchShape, float]] = deque(maxlen=SAMPLES)
 
 
 class RemoteTickets(Tickets):
@@ -127,6 +130,8 @@ class Ranks:
                 kind, *values = self._connection.recv()
                 if kind == "mode" and self._pilot is not None:
                     self._pilot.mode = Mode(values[0])
+                elif kind == "sample" and self._pilot is not None:
+                    self._pilot.samples.append((values[0], values[1]))
                 elif self._watcher is not None:
                     getattr(self._watcher, kind)(*values)
         except (OSError, EOFError):
@@ -188,11 +193,12 @@ class Link:
 
 
 class WaitingTickets(dict[int, Ticket]):
-    """A lookup waits a little: the ticket of a request travels beside it, and may come later."""
+    """The first lookup waits a little: the ticket of a request travels beside it, and may come later."""
 
     def __init__(self) -> None:
         super().__init__()
         self._news = threading.Condition()
+        self._missed: deque[int] = deque(maxlen=MISSED)
 
     def put(self, client_id: int, ticket: Ticket) -> None:
         with self._news:
@@ -200,10 +206,12 @@ class WaitingTickets(dict[int, Ticket]):
             self._news.notify_all()
 
     def get(self, client_id: int, default: Any = None) -> Any:
-        if client_id not in self:
+        found = super().get(client_id)
+        if found is None and client_id not in self._missed:
             with self._news:
-                self._news.wait_for(lambda: client_id in self, TICKET_SECONDS)
-        return super().get(client_id, default)
+                if not self._news.wait_for(lambda: client_id in self, TICKET_SECONDS):
+                    self._missed.append(client_id)
+        return super().get(client_id, default) if found is None else found
 
 
 class _Silent:
@@ -228,9 +236,13 @@ class RankPilot:
         return self.pilot.stock
 
     def schedule(self, active: Sequence[Any], inflight: Any) -> Any:
-        if self._link is not None:
-            self._obey(self._link)
-        return self.pilot.schedule(active, inflight)
+        if self._link is None:
+            return self.pilot.schedule(active, inflight)
+        self._obey(self._link)
+        batch = self.pilot.schedule(active, inflight)
+        while self.pilot.samples:
+            self._link.send("sample", *self.pilot.samples.popleft())
+        return batch
 
     def can_schedule(self, requests: Sequence[Any]) -> bool:
         return self.pilot.can_schedule(requests)

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from slos_serve.scheduler.core import Advance, Decision, Plan, RequestId, Snapshot, StepReport
 
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WITHDRAWN: Final = "withdrawn"
-
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
@@ -58,11 +56,12 @@ class Handle(Protocol):
     @property
     def client_id(self) -> int: ...
     def results(self) -> Any: ...  # an async iterator of Fresh; raises what went wrong
-    def abort(self) -> None: ...
+    def abort(self) -> None: ...  # takes effect when it is safe; `results` is read until then
+    def restarts(self) -> None: ...  # it was paused, and will be computed again
 
 
 class Front(Protocol):
-    """The engine as its front sees it; `trtllm_engine.LlmFront` in the server. Called on the asyncio loop."""
+    """The engine as its front sees it; `trtllm_front.LlmFront` in the server. Called on the asyncio loop."""
 
     @property
     def is_alive(self) -> bool: ...
@@ -374,8 +373,9 @@ class TrtllmWorker:
                 job.ledger.decide(decision)
         for client in evicted:
             job = self._jobs.get(self._ids.get(client, ""))
-            if job is not None:
+            if job is not None and job.handle is not None:
                 job.ledger.preemptions += 1
+                job.handle.restarts()
 
     def _end(self, job: _Job, outcome: str) -> None:
         """Before the last response is queued: a caller that has it may use the request id again."""

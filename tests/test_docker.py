@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
 from slos_serve.backend.config import parse_config, read_config
+from slos_serve.backend.launcher import Server
 from slos_serve.backend.metrics import FAMILIES
 from slos_serve.backend.replicas import write_router_repository
-from slos_serve.backend.trtllm_engine import check_settings
+from slos_serve.backend.trtllm_settings import check_settings
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
 FILES = ("Dockerfile", "Dockerfile.cpu")
+KUBERNETES = "1.37"  # whose schemas the manifests are held against; `autoscaling/v2` is the newest kind, of 1.23
+TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # `make` puts them here
 # Of the Dockerfile reference; anything else is a slip of the pen.
 KEYWORDS = {"ARG", "FROM", "COPY", "SHELL", "RUN", "ENV", "USER", "EXPOSE", "ENTRYPOINT"}
 
@@ -227,7 +235,59 @@ def test_the_dashboard_shows_what_it_should() -> None:
         assert name in asked
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed: apt-get install prometheus")
+# What the official tools say
+
+
+def run(*command: str, cwd: Path = DOCKER) -> subprocess.CompletedProcess[str]:
+    """A tool of this environment, or of the machine."""
+    path = shutil.which(command[0], path=TOOLS)
+    assert path is not None, f"{command[0]} is not installed: make test"
+    return subprocess.run([path, *command[1:]], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_hadolint_has_nothing_to_say(name: str) -> None:
+    """The Dockerfile linter, with the shell commands in RUN."""
+    done = run("hadolint", name)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def composed(path: Path) -> int:
+    """How the official schema of the compose specification likes a file: 0 when it does."""
+    command = ["-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
+    return run(sys.executable, *command).returncode
+
+
+def test_compose_follows_the_official_schema(tmp_path: Path) -> None:
+    """And a slip of the pen would not."""
+    assert composed(DOCKER / "compose.yaml") == 0
+    wrong = tmp_path / "compose.yaml"
+    wrong.write_text((DOCKER / "compose.yaml").read_text().replace("read_only:", "readonly:"))
+    assert composed(wrong) != 0
+
+
+MANIFESTS = [
+    item
+    for path in sorted((DOCKER / "kubernetes").glob("*.yaml"))
+    if path.name != "kustomization.yaml"
+    for item in documents(f"kubernetes/{path.name}")
+]
+
+
+@pytest.mark.parametrize("item", MANIFESTS, ids=lambda item: f"{item['kind']}-{item['metadata']['name']}")
+def test_a_manifest_follows_the_official_schema(item: dict[str, Any]) -> None:
+    """No field is unknown, none has the wrong type."""
+    kubernetes_validate.validate(item, KUBERNETES, strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate({**item, "sepc": {}}, KUBERNETES, strict=True)
+
+
+promtool = pytest.mark.skipif(
+    shutil.which("promtool", path=TOOLS) is None, reason="promtool is not installed: make test, or its Debian package"
+)
+
+
+@promtool
 @pytest.mark.parametrize(
     "command",
     [["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"], ["check", "config", "prometheus.yml"]],
@@ -235,6 +295,50 @@ def test_the_dashboard_shows_what_it_should() -> None:
 )
 def test_promtool_accepts_rules_and_their_unit_tests(command: list[str]) -> None:
     """Prometheus's own tool reads the configuration and plays the alerts' tests."""
-    folder = DOCKER / "prometheus"
-    done = subprocess.run(["promtool", *command], cwd=folder, capture_output=True, text=True, check=False)
+    done = run("promtool", *command, cwd=DOCKER / "prometheus")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_a_unit_test() -> None:
+    """An alert that was never seen firing may be one that cannot."""
+    rules = [rule for group in documents("prometheus/alerts.yml")[0]["groups"] for rule in group["rules"]]
+    tests = [case for test in documents("prometheus/alerts_test.yml")[0]["tests"] for case in test["alert_rule_test"]]
+    assert {rule["alert"] for rule in rules if "alert" in rule} == {c["alertname"] for c in tests if c["exp_alerts"]}
+
+
+@promtool
+def test_promtool_can_read_every_query_of_the_dashboard(tmp_path: Path) -> None:
+    """Written down as recording rules, which it parses."""
+    dashboard = json.loads((DOCKER / "grafana/dashboard.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    rules = [{"record": f"panel:{i}", "expr": expression} for i, expression in enumerate(asked)]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    done = run("promtool", "check", "rules", "rules.yml", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def samples(server: Server) -> dict[str, set[str]]:
+    """Metrics by name, with their labels' names, off a real tritonserver's page."""
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as answer:
+        page = answer.read().decode()
+    return {name: set(re.findall(r"(\w+)=", some)) for name, some in re.findall(r"^(slos_serve_\w+){(.*)}", page, re.M)}
+
+
+# What only TensorRT-LLM (see test_server_trtllm.py), guesses and evictions bring about.
+RARE = {
+    "slos_serve_trtllm_mode", "slos_serve_trtllm_events_total", "slos_serve_preemptions_total",
+    "slos_serve_drafted_tokens_total", "slos_serve_accepted_tokens_total",
+}  # fmt: skip
+
+
+def test_a_running_server_exports_what_the_queries_ask_for(server: Server) -> None:
+    """Names and labels, of a server that has answered a request."""
+    body = json.dumps({"text_input": "def f(x)", "max_tokens": 12, "slo_class": "coding"}).encode()
+    urllib.request.urlopen(f"http://{server.http}/v2/models/slos_llm/generate", body, timeout=60).read()
+    until = time.monotonic() + 10
+    while "slos_serve_slo_total" not in (exports := samples(server)) and time.monotonic() < until:
+        time.sleep(0.1)
+    for where, expression in queries():
+        for name, selector in re.findall(r"\b(slos_serve_\w+)(?:{([^}]*)})?", expression):
+            wanted = set(re.findall(r"(\w+)[=!]", selector)) - {"namespace", "pod"}  # these two are the scraper's
+            assert name in RARE or wanted <= exports[name], where

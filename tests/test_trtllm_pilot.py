@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,14 @@ import trtllm_standin as standin
 from trtllm_standin import RELEASES, Drafter, Executor, Release, expected_tokens
 
 from slos_serve.backend.trtllm_pilot import Cockpit, Mode, Pilot, Ticket
-from slos_serve.backend.trtllm_probe import capabilities_of, limits_of, prepare, probe, scheduler_class
+from slos_serve.backend.trtllm_probe import (
+    capabilities_of,
+    check_requests,
+    limits_of,
+    prepare,
+    probe,
+    scheduler_class,
+)
 from slos_serve.scheduler import Chunk, PerfModel, Piece, Plan, Request, Scheduler, Slo, Snapshot, Stage, StepReport
 from slos_serve.scheduler.engine import Planner
 
@@ -348,6 +356,57 @@ def test_the_second_kv_manager_is_refused() -> None:
     assert any("use_kv_cache_manager_v2 to false" in reason for reason in findings.reasons)
 
 
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "mode", "reason"),
+    [
+        (lambda e: setattr(e.dist, "pp_size", 2), Mode.GOVERNOR, "set pipeline_parallel_size to 1"),
+        (lambda e: setattr(e, "enable_attention_dp", True), Mode.GOVERNOR, "set enable_attention_dp to false"),
+        (lambda e: setattr(e, "kv_cache_transceiver", object()), Mode.GOVERNOR, "remove cache_transceiver_config"),
+        (lambda e: setattr(e, "max_beam_width", 4), Mode.GOVERNOR, "width 4; set max_beam_width to 1"),
+        (lambda e: setattr(e.kv_cache_manager, "is_vswa", True), Mode.TRIM, "sliding windows"),
+        (lambda e: delattr(e, "previous_batch"), Mode.TRIM, "set disable_overlap_scheduler to true"),
+        (lambda e: delattr(e, "max_num_tokens"), Mode.GOVERNOR, "engine.max_num_tokens: missing"),
+        (lambda e: setattr(e, "max_input_len", 2048), Mode.TRIM, "a pause would cut longer sequences"),
+    ],
+    ids=["pp", "adp", "disaggregated", "beams", "windows", "overlap", "tokens", "pause"],
+)
+def test_what_an_engine_is_refused_for_is_named(change: Callable[[Any], None], mode: Mode, reason: str) -> None:
+    """Why not more, and what to change."""
+    executor = Executor(RELEASES[2], overlap=True)
+    prepare(executor)
+    change(executor)
+    findings = probe(standin.api(RELEASES[2]), executor)
+    assert findings.mode is mode
+    assert any(reason in each for each in findings.reasons), findings.reasons
+
+
+def test_a_release_with_another_interface_is_refused() -> None:
+    """Features are looked at: the scheduler's methods and arguments, what it returns, what a request has."""
+
+    class Asks(standin.RequestScheduler):
+        @abstractmethod
+        def foresee(self) -> None: ...
+
+    class Takes(ABC):
+        @abstractmethod
+        def schedule_request(self, requests: Any) -> Any: ...
+
+    names = standin.api(RELEASES[1])
+    executor = Executor(RELEASES[1], overlap=False)
+    prepare(executor)
+    for change in (
+        {"RequestScheduler": Asks}, {"RequestScheduler": Takes}, {"SchedulerOutput": tuple}, {"PyExecutor": object},
+        {"LlmRequestState": object},
+    ):  # fmt: skip
+        assert probe(replace(names, **change), executor).mode is Mode.GOVERNOR
+    assert probe(names, executor).mode is Mode.FULL
+    assert check_requests(names).passed
+    assert "py_client_id" in check_requests(replace(names, LlmRequest=object)).found
+
+
 # The same scheduler
 
 
@@ -468,6 +527,23 @@ def test_a_planner_that_always_fails_is_given_up(release: Release, overlap: bool
         assert [detail for kind, detail in flight.diary.events if kind == "step_down"] == ["trim", "governor"]
 
 
+class Idle(Dice):
+    """A planner that never wants anything."""
+
+    def plan(self, now: float) -> Plan:
+        return Plan(())
+
+
+@BOTH
+def test_an_empty_plan_never_stops_the_engine(overlap: bool) -> None:
+    """Where requests could run, the stock's batch does, and it is counted."""
+    flight = Flight(Executor(RELEASES[1], overlap=overlap), Mode.FULL, 0, lambda planner: Idle(random.Random(0)))
+    flight.run(8)
+    flight.check()
+    assert flight.pilot.counts["fallback"] > 8
+    assert flight.pilot.mode is Mode.FULL
+
+
 def test_a_planner_that_is_slow_is_given_up_too() -> None:
     """An engine may not wait for its planner."""
     executor = engine(RELEASES[1], True, random.Random(1))
@@ -546,7 +622,8 @@ def test_the_planner_chooses_the_draft_length_of_every_batch(release: Release) -
     lengths: list[int] = []
     accepted = 0
     for seed in range(10):
-        executor = engine(release, False, random.Random(seed), drafter=Drafter(3, wrong=5), max_num_tokens=32)
+        drafter = Drafter(3, 5, {1: 3, 8: 3}, release.switches)
+        executor = engine(release, False, random.Random(seed), drafter=drafter, max_num_tokens=32)
         flight = Flight(executor, Mode.FULL, seed)
         assert executor.drafter is not None
         set_length = executor.drafter.update_max_total_draft_tokens

@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from callers import PATIENCE, Caller
+from callers import PATIENCE, Backend, Caller
 
 from slos_serve.backend.config import DEFAULT_CLASSES
 from slos_serve.backend.generation import Generation, Output
 from slos_serve.backend.herald import Herald, Meter
-from slos_serve.backend.metrics import Metrics, Numbers
 from slos_serve.backend.refusal import Refusal
-from slos_serve.backend.responder import Reply, Responder
+from slos_serve.backend.responder import Reply
 from slos_serve.backend.roster import Roster
 from slos_serve.backend.sessions import Sessions
 from slos_serve.backend.tokenizer import Tokenizer
-from slos_serve.backend.translate import Limits, Submission, Translator
+from slos_serve.backend.translate import Limits, Translator
 from slos_serve.backend.worker import Worker
 from slos_serve.client import wire
 from slos_serve.scheduler import Advance, Capabilities, PerfModel, Piece, Plan, Scheduler, Slo, Stage, StepReport
@@ -78,56 +77,23 @@ class CountingEngine:
         return Advance(request_id, computed, 1, 0, count == generation.stage_limits[0], reason is not None)
 
 
-class Bench:
-    """A worker with everything around it but Triton."""
+class Bench(Backend):
+    """The worker with the counting engine."""
 
     def __init__(self, codec: Tokenizer, pace: float = 0.0, max_requests: int = 64, max_tokens: int = 10_000) -> None:
+        super().__init__()
         self.codec = codec
         self.engine = CountingEngine(codec.vocab_size, pace)
         self.sessions = Sessions(codec, 10_000)
-        self.failure: BaseException | None = None
-        self.numbers: list[Numbers] = []
-        self.metrics = Metrics(self.numbers.append)
-        self.responder = Responder(2)
         self.roster = Roster(max_requests, max_tokens, lambda tokens: tokens / 100)
         limits = Limits(CONTEXT, codec.vocab_size, 32, THINK_END)
         self.meter = Meter(self.engine.capabilities, PERF.seconds)
         self.translator = Translator(codec, limits, DEFAULT_CLASSES, "chatbot", lambda tokens: 0.1, self.sessions)
         self.scheduler = Scheduler(self.engine.capabilities, PERF)
         self.worker = Worker(
-            self.scheduler, self.engine, self.responder, self.metrics, self.roster, self.sessions, self._failed,
+            self.scheduler, self.engine, self.responder, self.metrics, self.roster, self.sessions, self.failed,
             self.meter,
         )  # fmt: skip
-
-    def _failed(self, error: BaseException) -> None:
-        self.failure = error
-
-    def start(self) -> None:
-        self.metrics.start()
-        self.responder.start(gone=self.worker.cancel)
-        self.worker.start()
-
-    def submission(self, request_id: str = "r", **fields: Any) -> Submission:
-        return self.translator.submission(request_id, wire.encode(fields), {}, time.monotonic())
-
-    def send(self, request_id: str = "r", *, is_offer: bool = False, **fields: Any) -> Caller:
-        caller = Caller()
-        self.worker.submit(Reply(self.submission(request_id, **fields), caller, is_offer=is_offer))
-        return caller
-
-    def close(self, drain: float = 0.0) -> None:
-        self.worker.close(drain)
-        self.responder.close(PATIENCE)
-        self.metrics.close()
-
-    def counted(self, name: str) -> dict[tuple[tuple[str, str], ...], float]:
-        """The sums of a counter by label, after `close`."""
-        sums: dict[tuple[tuple[str, str], ...], float] = {}
-        for numbers in self.numbers:
-            for (family, labels), value in numbers.counters.items():
-                if family == name:
-                    sums[labels] = sums.get(labels, 0.0) + value
-        return sums
 
 
 @pytest.fixture

@@ -8,18 +8,27 @@ Written from the public sources of 1.1 to 1.3, in our own words, to fail where t
     Executor._forward   _torch/pyexecutor/model_engine.py: `_prepare_tp_inputs`
     SimpleScheduler     _torch/pyexecutor/scheduler.py and microBatchScheduler.cpp, capacityScheduler.cpp
 
+    WaitingQueues       _torch/pyexecutor/scheduler/waiting_queue.py (1.3)
+    Drafter             _torch/speculative/drafter.py, utils.py: `get_draft_len_for_batch_size`
+
 The "model" is a hash of all tokens whose keys and values lie in the blocks of a request. A wrong position, a token
 that was never computed, or a block with another request's contents therefore changes what is generated, and
-`expected_tokens` says what should have been. What kills or hangs the real loop raises `Crash`. An attribute
-that upstream's objects do not have is not there: reading it raises AttributeError.
+`expected_tokens` says what should have been. What kills or hangs the real loop raises `Crash`. The adapter may read
+and write what `MAY_READ` and `MAY_WRITE` say, and upstream has; anything else raises AttributeError for it: of a
+request in every call of the scheduler, of the engine and its parts where the LLM API made them.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
+import heapq
+import itertools
+import sys
+import warnings
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque, namedtuple
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -32,6 +41,54 @@ HOLE = -1  # a position whose keys and values were never written
 
 class Crash(Exception):
     """What would end the event loop, or corrupt memory on the device."""
+
+
+# What the adapter relies on, by the upstream file that has it. The rest of these objects is its engine's own.
+MAY_READ = {
+    "LlmRequest": {  # _torch/pyexecutor/llm_request.py and the bindings under it (nanobind/batch_manager/bindings.cpp)
+        "request_id", "py_client_id", "state", "context_current_position", "context_chunk_size", "orig_prompt_len",
+        "prompt_len", "get_num_tokens", "get_tokens", "num_draft_tokens", "py_max_new_tokens", "is_dummy",
+    },
+    "Executor": {  # _torch/pyexecutor/py_executor.py
+        "scheduler", "active_requests", "kv_cache_manager", "max_num_tokens", "max_batch_size", "max_input_len", "dist",
+        "enable_attention_dp", "kv_cache_transceiver", "max_beam_width", "disable_overlap_scheduler", "previous_batch",
+        "drafter", "max_num_active_requests", "worker_thread",
+    },
+    "KVCacheManager": {  # _torch/pyexecutor/resource_manager.py
+        "tokens_per_block", "get_num_free_blocks", "get_max_resource_count", "enable_block_reuse", "is_vswa",
+        "num_extra_kv_tokens",
+    },
+    "Drafter": {"get_draft_len_for_batch_size", "draft_len_schedule", "max_draft_len"},  # _torch/speculative/drafter.py
+}  # fmt: skip
+MAY_WRITE = {
+    "LlmRequest": {"context_chunk_size", "py_batch_idx"},
+    "Executor": {"scheduler", "max_input_len"},
+    "Drafter": {"get_draft_len_for_batch_size"},
+}
+ADAPTER = "slos_serve."
+
+
+class Guarded:
+    """Lets the adapter, and nobody else, touch only what it may."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if sys._getframe(1).f_globals["__name__"].startswith(ADAPTER) and not name.startswith("__"):
+            kind = type(self).__name__
+            if name not in MAY_READ[kind]:
+                raise AttributeError(f"the adapter may not rely on {kind}.{name}")
+        return super().__getattribute__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if sys._getframe(1).f_globals["__name__"].startswith(ADAPTER):
+            kind = type(self).__name__
+            if name not in MAY_WRITE.get(kind, ()):
+                raise AttributeError(f"the adapter may not set {kind}.{name}")
+        super().__setattr__(name, value)
+
+
+@functools.cache
+def guarded(kind: type) -> type:
+    return type(kind.__name__, (Guarded, kind), {})
 
 
 class LlmRequestState(enum.Enum):
@@ -48,7 +105,8 @@ class Release:
     `pauses_late`: the KV of paused requests is freed first and `pause()` called after the previous batch was
     read (1.3; 1.1 does both at once). `retires`: requests that will end are put into GENERATION_TO_COMPLETE.
     `settles_empty`: an empty batch still reads the previous one. `stores_computed_only`: a release keeps only
-    blocks that were computed. `can_schedule`: the scheduler must have that method.
+    blocks that were computed. `can_schedule`: the scheduler must have that method. `switches`: the stock scheduler
+    in Python, the priority queue, and draft lengths that hold up to a batch size instead of from it on.
     """
 
     name: str
@@ -57,12 +115,13 @@ class Release:
     settles_empty: bool
     stores_computed_only: bool
     can_schedule: bool
+    switches: bool
 
 
 RELEASES = (
-    Release("1.1", False, False, False, False, False),
-    Release("1.2", True, False, True, False, True),
-    Release("1.3", True, True, True, True, True),
+    Release("1.1", False, False, False, False, False, False),
+    Release("1.2", True, False, True, False, True, False),
+    Release("1.3", True, True, True, True, True, True),
 )
 
 
@@ -444,6 +503,49 @@ class SimpleScheduler:
         return contexts, generations
 
 
+class SimpleUnifiedScheduler(SimpleScheduler):
+    """The same decisions, made in Python (1.3, `use_python_scheduler`)."""
+
+
+class WaitingQueue:
+    """Requests that are not active yet, in order of arrival. A priority that is not heeded is warned about (1.3)."""
+
+    def __init__(self) -> None:
+        self._items: list[tuple[float, int, LlmRequest]] = []
+        self._order = itertools.count()
+
+    def rank(self, priority: float) -> float:
+        if priority != DEFAULT_PRIORITY:
+            warnings.warn("the FCFS waiting queue ignores priorities", UserWarning, stacklevel=3)
+        return 0.0
+
+    def append(self, request: LlmRequest, priority: float) -> None:
+        heapq.heappush(self._items, (self.rank(priority), next(self._order), request))
+
+    def popleft(self) -> LlmRequest:
+        return heapq.heappop(self._items)[2]
+
+    def remove(self, request: LlmRequest) -> None:
+        self._items = [item for item in self._items if item[2] is not request]
+        heapq.heapify(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Any:
+        return (request for _, _, request in sorted(self._items, key=lambda item: item[:2]))
+
+
+class PriorityWaitingQueue(WaitingQueue):
+    """The highest priority first, equals in order of arrival."""
+
+    def rank(self, priority: float) -> float:
+        return -priority
+
+
+DEFAULT_PRIORITY = 0.5
+
+
 @dataclass
 class Dist:
     """One rank of a group. The others' inboxes are where a broadcast of rank 0 goes."""
@@ -481,18 +583,30 @@ class SampleState:
     drafted: dict[int, int]
 
 
+def scheduled_length(schedule: Mapping[int, int], batch_size: int, up_to: bool) -> int:
+    """The draft length of a batch. A key is the smallest batch of its length, or since 1.3 (`up_to`) the largest."""
+    keys = sorted(schedule)
+    if up_to:
+        return next((schedule[key] for key in keys if batch_size <= key), 0)
+    return schedule[max(key for key in keys if key <= batch_size)]
+
+
 class Drafter:
     """Guesses the truth, and every `wrong`-th time something else. One length for the whole batch."""
 
-    def __init__(self, max_draft_len: int, wrong: int = 3) -> None:
-        self.draft_len_schedule = {1: max_draft_len}
+    def __init__(
+        self, max_draft_len: int, wrong: int = 3, schedule: Mapping[int, int] | None = None, up_to: bool = False
+    ) -> None:
+        self.draft_len_schedule = schedule
         self.max_draft_len = max_draft_len
         self.max_total_draft_tokens = max_draft_len
+        self._up_to = up_to
         self._wrong = wrong
         self._count = 0
 
     def get_draft_len_for_batch_size(self, batch_size: int) -> int:
-        return self.max_draft_len
+        assert self.draft_len_schedule is not None
+        return scheduled_length(self.draft_len_schedule, batch_size, self._up_to)
 
     def update_max_total_draft_tokens(self, length: int) -> None:
         self.max_total_draft_tokens = length
@@ -509,7 +623,10 @@ class Drafter:
 
 
 class Executor:
-    """PyExecutor on one rank. `step` is one turn of its loop, overlapped or not."""
+    """PyExecutor on one rank. `step` is one turn of its loop, overlapped or not.
+
+    `drafter` is asked from outside the model; `inner` guesses inside it, and the loop looks its length up.
+    """
 
     def __init__(
         self,
@@ -525,6 +642,9 @@ class Executor:
         reuse: bool = False,
         max_utilization: bool = False,
         drafter: Drafter | None = None,
+        inner: Drafter | None = None,
+        python_scheduler: bool = False,
+        by_priority: bool = False,
         seconds: Callable[[int, int], float] = lambda tokens, context: 0.01 + 0.0001 * tokens,
         vocabulary: int = VOCABULARY,
         dist: Dist | None = None,
@@ -542,12 +662,14 @@ class Executor:
         self.kv_cache_transceiver = None
         self.dist = dist or Dist()
         self.drafter = drafter
+        self._drafting = drafter or inner
         self.active_requests: list[LlmRequest] = []
         self.inflight_req_ids: set[int] = set()
         self.previous_batch: SampleState | None = None
-        self.use_spec_decode = drafter is not None
+        self.use_spec_decode = self._drafting is not None
         unit = tokens_per_block if chunked else None
-        self.scheduler: Any = SimpleScheduler(
+        stock = SimpleUnifiedScheduler if python_scheduler else SimpleScheduler
+        self.scheduler: Any = stock(
             self.kv_cache_manager, max_batch_size, max_batch_size, max_num_tokens, unit, max_utilization
         )
         self.clock = 0.0
@@ -556,7 +678,7 @@ class Executor:
         self.finished: dict[int, str] = {}
         self.on_tokens: Callable[[int, list[int], str | None], None] = lambda client_id, tokens, reason: None
         self._seconds = seconds
-        self._waiting: deque[LlmRequest] = deque()
+        self._waiting = PriorityWaitingQueue() if by_priority else WaitingQueue()
         self._cancelled: set[int] = set()
         self._slots: dict[int, int] = {}
         self._device: dict[int, int] = {}
@@ -565,11 +687,18 @@ class Executor:
 
     # What the front does
 
-    def enqueue(self, client_id: int, prompt: Sequence[int], max_new_tokens: int, end_id: int = END_ID) -> None:
+    def enqueue(
+        self,
+        client_id: int,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        end_id: int = END_ID,
+        priority: float = DEFAULT_PRIORITY,
+    ) -> None:
         self._ids += 1
         request = LlmRequest(self._ids, client_id, prompt, max_new_tokens)
         request.end_id = end_id
-        self._waiting.append(request)
+        self._waiting.append(request, priority)
         self.outputs[client_id] = []
 
     def cancel(self, client_id: int) -> None:
@@ -598,11 +727,13 @@ class Executor:
             self.active_requests.append(self._waiting.popleft())
 
     def _set_drafts(self) -> None:
-        drafter = self.drafter
+        drafter = self._drafting
         if drafter is None:
             return
-        length = drafter.get_draft_len_for_batch_size(len(self.active_requests))
-        drafter.update_max_total_draft_tokens(length)
+        length = drafter.max_draft_len
+        if drafter.draft_len_schedule is not None:
+            length = drafter.get_draft_len_for_batch_size(len(self.active_requests))
+            drafter.update_max_total_draft_tokens(length)
         self.use_spec_decode = length > 0
         for request in self.active_requests:
             if request.state == LlmRequestState.GENERATION_IN_PROGRESS:
@@ -610,7 +741,11 @@ class Executor:
                 request.py_draft_tokens = [0] * length
 
     def _schedule(self) -> ScheduledRequests:
+        for request in self.active_requests:
+            request.__class__ = guarded(LlmRequest)
         output = self.scheduler.schedule_request(self.active_requests, self.inflight_req_ids)
+        for request in self.active_requests:
+            request.__class__ = LlmRequest
         batch = ScheduledRequests()
         batch.context_requests = output.context_requests
         batch.generation_requests = output.generation_requests
@@ -646,8 +781,8 @@ class Executor:
         if not batch.batch_size:
             return 0
         self._prepare(batch)
-        if self.drafter is not None and self.use_spec_decode:
-            self.drafter.prepare_draft_tokens(batch)
+        if self._drafting is not None and self.use_spec_decode:
+            self._drafting.prepare_draft_tokens(batch)
         state = self._forward(batch, None)
         self._advance_contexts(batch)
         self._update(state)

@@ -1,13 +1,18 @@
-"""Stands in for the package: the names that ours imports, from the stand-in. `STANDIN_GPU` pretends an A100."""
+"""Stands in for the package: the names that ours imports, from the stand-in. `STANDIN_GPU` pretends an A100.
+
+It may say "not PID": for the children of that process only.
+"""
 
 import os
 
-from trtllm_llm import LLM, RELEASE, SamplingParams
+import trtllm_llm
+from trtllm_llm import RELEASE, SamplingParams
 
 __all__ = ["LLM", "SamplingParams"]
+LLM = trtllm_llm.PriorityLLM if RELEASE.switches else trtllm_llm.LLM
 __version__ = f"{RELEASE.name}.0+standin"
 
-if os.environ.get("STANDIN_GPU"):
+if os.environ.get("STANDIN_GPU", f"not {os.getpid()}") != f"not {os.getpid()}":
     import torch
 
     torch.cuda.is_available = lambda: True
