@@ -274,7 +274,7 @@ def test_a_warm_up_run_measures_what_no_profile_knows(
     path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": 64}))
     running = replica(mode=mode)
     assert running.built.perf.to_json() != trtllm_speed.UNMEASURED
-    assert running.built.prefill_seconds(1) > 0.001
+    assert running.built.prefill_seconds(60) > 0.001  # a busy machine shifts time between the fixed part and the slope
     assert running.send("r", input_ids=[5] * 9, max_tokens=5).wait().receipt["tokens"]
 
 
