@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,3 +96,22 @@ def test_wrong_settings_stop_the_start_with_a_message(tiny_repository: Path, tmp
         Server(tmp_path / "repository", models=["slos_llm"]),
     ):
         pass
+
+
+def test_an_engine_that_cannot_load_leaves_the_server_alive(tiny_repository: Path, tmp_path: Path) -> None:
+    """Without TensorRT-LLM its model stays not ready and the log says why; the models beside it are served."""
+    for name in ("slos_llm", "no_tensorrt"):
+        shutil.copytree(tiny_repository / "slos_llm", tmp_path / "models" / name)
+    settings = tmp_path / "models" / "no_tensorrt" / "1" / "engine.json"
+    settings.write_text(json.dumps({"engine": "tensorrt_llm", "dtype": "bfloat16"}))
+    options = ["--exit-on-error=false", "--strict-readiness=false"]
+    with Server(tmp_path / "models", models=["slos_llm"], supervise=True, extra_args=options) as server:
+        with urllib.request.urlopen(f"http://{server.http}/v2/health/live", timeout=5) as live:
+            assert live.status == 200
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"http://{server.http}/v2/models/no_tensorrt/ready", timeout=5)
+        assert "tensorrt_llm cannot be imported" in server.log.read_text()
+        body = json.dumps({"text_input": "a", "max_tokens": 3}).encode()
+        answer = urllib.request.urlopen(f"http://{server.http}/v2/models/slos_llm/generate", body, timeout=60)
+        assert json.load(answer)["receipt"]
+        assert server.num_starts == 1

@@ -6,7 +6,6 @@ import asyncio
 import json
 import shutil
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,26 +91,3 @@ def test_the_mode_and_the_planner_s_events_are_metrics(trtllm_server: Server) ->
     assert 'slos_serve_trtllm_mode{mode="full",model="slos_llm",version="1"} 1' in text
     assert 'slos_serve_trtllm_mode{mode="governor",model="slos_llm",version="1"} 0' in text
     assert "slos_serve_iterations_total" in text
-
-
-def test_an_engine_that_cannot_load_leaves_the_server_alive(
-    tmp_path: Path, repository: Path, tiny_repository: Path
-) -> None:
-    """Without TensorRT-LLM its model stays not ready and the log says why; the models beside it are served."""
-    shutil.copytree(repository / "slos_llm", tmp_path / "models" / "no_tensorrt")
-    shutil.copytree(tiny_repository / "slos_llm", tmp_path / "models" / "slos_llm")
-    options = ["--exit-on-error=false", "--strict-readiness=false"]
-    with Server(tmp_path / "models", models=["slos_llm"], supervise=True, extra_args=options) as server:
-        assert is_live(server)
-        with pytest.raises(urllib.error.HTTPError):
-            urllib.request.urlopen(f"http://{server.http}/v2/models/no_tensorrt/ready", timeout=5)
-        assert "tensorrt_llm" in server.log.read_text()
-        body = json.dumps({"text_input": "a", "max_tokens": 3}).encode()
-        answer = urllib.request.urlopen(f"http://{server.http}/v2/models/slos_llm/generate", body, timeout=60)
-        assert json.load(answer)["receipt"]
-        assert server.num_starts == 1
-
-
-def is_live(server: Server) -> bool:
-    with urllib.request.urlopen(f"http://{server.http}/v2/health/live", timeout=5) as answer:
-        return bool(answer.status == 200)
