@@ -39,19 +39,21 @@ class Meter:
         self._seconds = seconds
         self.load = Load()
         self.read_at = time.monotonic()
+        self.predicted_ttft(1)  # compiled now, not by the engine thread when it first declines
 
     def read(self, snapshot: Snapshot, ledgers: Iterable[Ledger]) -> Load:
-        """The load now, of the requests in flight."""
+        """The load now, of the requests in flight. One that was declined has no promise any more."""
         queued = context = 0
         tightest = float("inf")
         for ledger in ledgers:
             request = ledger.request
+            promised = not request.is_best_effort and (ledger.admitted or not ledger.is_decided)
             if ledger.token_times:
                 context += request.prompt_tokens + len(ledger.token_times)
-            elif not request.is_best_effort:
+            elif promised:
                 queued += request.prompt_tokens - ledger.cached_tokens
             slo = request.stages[len(ledger.stage_tokens) - 1].slo
-            if slo is not None:
+            if promised and slo is not None:
                 tightest = min(tightest, slo.tpot)
         self.load = load_of(
             snapshot,

@@ -21,6 +21,7 @@ class Ledger:
 
     request: Request
     admitted: bool = False
+    is_decided: bool = False
     reason: str = "not decided before the end"
     cached_tokens: int = 0
     first_run_at: float | None = None
@@ -32,7 +33,7 @@ class Ledger:
     resumed_tokens: int = 0  # delivered by another instance: the first of `token_times`
 
     def decide(self, decision: Decision) -> None:
-        self.admitted, self.reason = decision.admitted, decision.reason
+        self.admitted, self.reason, self.is_decided = decision.admitted, decision.reason, True
 
     def run(self, started_at: float) -> None:
         """A chunk was started."""

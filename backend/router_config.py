@@ -38,6 +38,8 @@ class RouterConfig:
     wait_s: float = 5.0
     # Instances that may decline a request before it is served best effort.
     max_hops: int = 3
+    # Instances that are compared for a request; of more so many are drawn at random: more costs time, per request.
+    max_ranked: int = 64
     # Instances that may fail under one request before it is given up: a request may be what kills them.
     max_losses: int = 4
     # Tokens that are early are held so long to be forwarded together: more costs less, and the text comes in pieces.
@@ -55,7 +57,7 @@ class RouterConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}: must be a number of at least 0, got {value!r}")
-        for name in ("max_hops", "max_losses", "max_requests"):
+        for name in ("max_hops", "max_ranked", "max_losses", "max_requests"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")

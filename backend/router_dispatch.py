@@ -130,14 +130,14 @@ class Dispatcher:
     def _choose(self, call: Call, declined: set[str], full: Mapping[str, Refusal]) -> tuple[Member, Ask, bool] | None:
         """Where the request goes now, and whether it may be declined there; None where there is nobody."""
         ask = self._ask(call)
-        candidates = self._instances.order(ask, declined | full.keys())
+        best = self._instances.best(ask, declined | full.keys())
         # Somebody reads what was resumed: no time to ask around.
         may_hop = math.isfinite(ask.ttft) and len(declined) < self._config.max_hops and not call.ids
-        if candidates and (may_hop or not declined):
-            return candidates[0], ask, may_hop and len(self._instances.usable) > 1
+        if best is not None and (may_hop or not declined):
+            return best, ask, may_hop and len(self._instances.usable) > 1
         # Nobody promises it: as best effort it goes where the fewest promises are in its way.
-        left = self._instances.order(replace(ask, ttft=math.inf, tpot=math.inf), set(full))
-        return (left[0], ask, False) if left else None
+        best = self._instances.best(replace(ask, ttft=math.inf, tpot=math.inf), full.keys())
+        return None if best is None else (best, ask, False)
 
     def _ask(self, call: Call) -> Ask:
         usable = self._instances.usable

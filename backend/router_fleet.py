@@ -12,15 +12,16 @@ import asyncio
 import json
 import logging
 import math
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
 from slos_serve.client import wire
-from slos_serve.scheduler.dispatch import Ask, Fleet, Load, predict, rank
+from slos_serve.scheduler.dispatch import Ask, Fleet, Load, drawn, predict, rank
 
 from .router_config import RouterConfig
 from .router_link import Answered, Broken, Exchange, Link, request_message
@@ -60,11 +61,10 @@ class Instances:
         self.members: dict[str, Member] = {}
         self.fleet = Fleet()
         self._fingerprint = ""
-        self._turn = 0
-
-    @property
-    def usable(self) -> list[Member]:
-        return [member for member in self.members.values() if member.is_usable]
+        self.usable: list[Member] = []  # those that requests may go to, in the order of the fleet's columns
+        self._turn = secrets.randbelow(1 << 20)  # several routers do not begin with the same instance
+        nobody, any_ask = Fleet(("nobody",)), Ask(1.0)  # compiled now, not at the first request
+        rank(nobody, any_ask, 0.0, 0, drawn(nobody, any_ask, 1, 0))
 
     def change(self, addresses: tuple[str, ...]) -> None:
         """The instances are these from now on. One that left finishes what it has."""
@@ -102,15 +102,15 @@ class Instances:
                 if not member.is_usable and member.exchanges:
                     self._move(member)
 
-    def order(self, ask: Ask, without: set[str]) -> list[Member]:
-        """Usable instances, the best for this request first, but for those at the addresses `without`."""
-        if not self.fleet.names:
-            return []
-        now = time.monotonic()
+    def best(self, ask: Ask, without: Collection[str]) -> Member | None:
+        """The best usable instance for this request, but for those at the addresses `without`."""
         self._turn += 1
-        ages = np.array([now - self.members[name].told_at for name in self.fleet.names])
-        order = rank(self.fleet, ask, ages, self._turn)
-        return [self.members[self.fleet.names[i]] for i in order.tolist() if self.fleet.names[i] not in without]
+        few = self._config.max_ranked
+        among = drawn(self.fleet, ask, few, self._turn) if few < len(self.usable) and not without else None
+        for column in rank(self.fleet, ask, time.monotonic(), self._turn, among).tolist():
+            if self.usable[column].address not in without:
+                return self.usable[column]
+        return None
 
     @property
     def per_token(self) -> float:
@@ -120,7 +120,9 @@ class Instances:
     def predicted(self, member: Member, ask: Ask) -> float:
         """Seconds to the first token there; infinite where that is not to be expected at all."""
         column = self.fleet.index.get(member.address)
-        return math.inf if column is None else float(predict(self.fleet, ask)[column])
+        if column is None:
+            return math.inf
+        return float(predict(self.fleet, ask, time.monotonic(), np.array([column]))[0])
 
     def describe(self) -> str:
         """Every instance and what is wrong with it."""
@@ -183,7 +185,7 @@ class Instances:
             log.info("instance %s is ready", member.address)
             member.trouble = ""
             self._update()
-        self.fleet.tell(member.address, load)
+        self.fleet.tell(member.address, load, member.told_at)
 
     def _objection(self, state: Mapping[str, Any], age: float) -> str:
         """Why an instance that speaks gets no requests; "" when it does."""
@@ -219,6 +221,7 @@ class Instances:
                 exchange.interrupt(member.trouble)
 
     def _update(self) -> None:
+        self.usable = [member for member in self.members.values() if member.is_usable]
         self.fleet.resize([member.address for member in self.usable])
 
 

@@ -5,9 +5,11 @@ one instance, may be declined there at its first plan, and goes on to the next w
 
     round_robin   each instance in turn                          sticky   a session's home, others in turn
     least_tokens  the fewest outstanding tokens, known exactly   hops     in turn, following declines (the paper)
-    ranked        the router: best by load, following declines
+    ranked        the router: best by load, following declines   few      the same among `FEW` drawn at random
+    held          ranked, but kept back for a moment where nobody could promise it
 
-Prints the sessions per second at which 90 % of the sessions attain, as ratios to round-robin in the same scenario.
+Prints the sessions per second at which 90 % of the sessions attain, as ratios to round-robin in the same scenario,
+and what a decision costs. A JSON file keeps what was found: a later run adds to it, and draws all of it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import numpy as np
 
 from slos_serve.scheduler import PerfModel, Piece, Plan, Request, Scheduler, StepReport, timemodel
 from slos_serve.scheduler.core import Advances, Chunks
-from slos_serve.scheduler.dispatch import Ask, Fleet, Load, home, load_of, predict, rank
+from slos_serve.scheduler.dispatch import Ask, Fleet, Load, drawn, home, is_hopeless, load_of, predict, rank
 from slos_serve.scheduler.simulator import Outcome, SimulatedEngine
 
 from .capacity import kept
@@ -38,7 +40,14 @@ TARGET: Final = 0.9
 TELL_SECONDS: Final = 0.1
 PRIOR_OUTPUT: Final = 200.0  # tokens that a dispatcher expects of a request it knows nothing of
 MAX_HOPS: Final = 3
-POLICIES: Final = ("round_robin", "sticky", "least_tokens", "hops", "ranked")
+POLICIES: Final = ("round_robin", "sticky", "least_tokens", "hops", "ranked", "few", "held")
+RANKED: Final = ("ranked", "few", "held")
+FEW: Final = 8
+HOLD_STEP: Final = 0.01  # seconds between two looks at a request that is kept back
+HOLD_SECONDS: Final = 0.05  # and how long at most
+PER_REPLICA: Final = 4.5  # sessions per second where a search begins
+GALLOP: Final = 1.25
+CLOSE: Final = 1.07  # rates this close together are interpolated between
 
 
 @dataclass(slots=True)
@@ -49,6 +58,7 @@ class _Live:
     request: Request
     tokens: int = 0
     is_settled: bool = False
+    is_promised: bool = True  # until the first verdict, too
 
 
 class Site:
@@ -62,6 +72,7 @@ class Site:
         self.live: dict[str, _Live] = {}
         self.cached: dict[str, int] = {}
         self.is_busy = False
+        self._outstanding = -1.0
 
     def take(self, turn: Turn, now: float) -> None:
         request, session = turn.request, turn.request.session
@@ -71,12 +82,14 @@ class Site:
         held = held if held // block < self.planner.free_blocks else 0
         request = replace(request, cached_tokens=held)
         self.live[request.id] = _Live(turn, request)
+        self.changed()
         self.engine.add(request, turn.output_tokens)
         self.planner.add(request, now)
 
     def drop(self, request_id: str) -> Turn:
         self.planner.cancel(request_id)
         self.engine.release(request_id)
+        self.changed()
         return self.live.pop(request_id).turn
 
     def load(self) -> Load:
@@ -86,9 +99,10 @@ class Site:
             stage = each.request.stages[0]
             if each.tokens:
                 context += each.request.prompt_tokens + each.tokens
-            else:
+            elif each.is_promised:
                 queued += each.request.prompt_tokens - each.request.cached_tokens
-            tightest = min(tightest, stage.slo.tpot if stage.slo else math.inf)
+            if each.is_promised and stage.slo:
+                tightest = min(tightest, stage.slo.tpot)
         model, perf = self.planner.model, self.planner.perf
         return load_of(
             self.planner.snapshot(),
@@ -100,10 +114,17 @@ class Site:
         )
 
     def outstanding(self) -> float:
-        return sum(
-            max(PRIOR_OUTPUT - each.tokens, 1.0) + (0.0 if each.tokens else each.request.prompt_tokens)
-            for each in self.live.values()
-        )
+        """Tokens still to be computed, as far as one can know."""
+        if self._outstanding < 0:
+            self._outstanding = sum(
+                max(PRIOR_OUTPUT - each.tokens, 1.0) + (0.0 if each.tokens else each.request.prompt_tokens)
+                for each in self.live.values()
+            )
+        return self._outstanding
+
+    def changed(self) -> None:
+        """Something ran."""
+        self._outstanding = -1.0
 
 
 def slower(perf: PerfModel, factor: float) -> PerfModel:
@@ -119,23 +140,46 @@ class Scenario:
     sites: tuple[tuple[str, float], ...]
     workload: str = "mixed"
     arrivals: str = "poisson"
-    tell: float = TELL_SECONDS
+    tell: float = TELL_SECONDS  # 0: at every request
     routers: int = 1
-    seconds: float = 60.0
+    seconds: float = 0.0  # of arrivals, instead of those asked for
+    policies: tuple[str, ...] = ("round_robin", "least_tokens", "hops", "ranked")
 
 
 def same(count: int, profile: str = "a100-llama-3-8b") -> tuple[tuple[str, float], ...]:
     return ((profile, 1.0),) * count
 
 
+_SKEWED: Final = (*same(3), ("a100-llama-3-8b", 2.0))
+_MIXED: Final = (*same(2), *same(2, "h100-llama-3-8b"))
+_BRIEF: Final = ("round_robin", "least_tokens", "ranked")
+_SESSIONS: Final = ("round_robin", "sticky", "least_tokens", "hops", "ranked", "held")
+
 SCENARIOS: Final[Mapping[str, Scenario]] = {
-    "equal": Scenario(same(4)),
-    "bursts": Scenario(same(4), arrivals="bursts"),
-    "sessions": Scenario(same(4), workload="tool_calling"),
-    "straggler": Scenario((*same(3), ("a100-llama-3-8b", 2.0))),
-    "mixed GPUs": Scenario((*same(2), *same(2, "h100-llama-3-8b"))),
-    "loads 1 s old": Scenario(same(4), tell=1.0),
-    "4 routers": Scenario(same(4), routers=4),
+    "equal": Scenario(same(4), policies=("round_robin", "least_tokens", "hops", "ranked", "held")),
+    "sessions": Scenario(same(4), workload="tool_calling", policies=_SESSIONS),
+    "straggler": Scenario(_SKEWED),
+    "mixed GPUs": Scenario(_MIXED),
+    "bursts": Scenario(same(4), arrivals="bursts", policies=("round_robin", "least_tokens", "hops", "ranked", "held")),
+    "sessions, straggler": Scenario(_SKEWED, workload="tool_calling", policies=_SESSIONS[:-1]),
+    "loads at once": Scenario(same(4), tell=0.0, policies=("ranked",)),
+    "loads 0.3 s old": Scenario(same(4), tell=0.3, policies=("ranked",)),
+    "loads 1 s old": Scenario(same(4), tell=1.0, policies=("ranked",)),
+    "straggler, loads 1 s old": Scenario(_SKEWED, tell=1.0, policies=("ranked",)),
+    "4 routers": Scenario(same(4), routers=4, policies=("round_robin", "ranked")),
+    "16 routers": Scenario(same(4), routers=16, policies=("round_robin", "ranked")),
+    "1 replica": Scenario(same(1), policies=_BRIEF),
+    "2 replicas": Scenario(same(2), policies=_BRIEF),
+    "8 replicas": Scenario(same(8), policies=_BRIEF),
+    "64 replicas": Scenario(same(64), seconds=10.0, policies=(*_BRIEF, "few")),
+    "512 replicas": Scenario(same(512), seconds=4.0, policies=("round_robin", "ranked", "few")),
+}
+# Scenarios whose other policies do not feel what is changed: their capacities are those of another.
+_LIKE: Final[Mapping[str, str]] = {
+    "loads at once": "equal",
+    "loads 0.3 s old": "equal",
+    "loads 1 s old": "equal",
+    "straggler, loads 1 s old": "straggler",
 }
 
 
@@ -144,7 +188,6 @@ class Router:
     """One router's own knowledge."""
 
     fleet: Fleet
-    told_at: np.ndarray[Any, Any]
     homes: dict[str, int] = field(default_factory=dict)
     turn: int = 0
 
@@ -159,9 +202,10 @@ class Service:
         self.policy = policy
         self.tell_every = scenario.tell
         names = [site.name for site in self.sites]
-        self.routers = [Router(Fleet(names), np.zeros(len(names)), turn=n) for n in range(scenario.routers)]
+        self.routers = [Router(Fleet(names), turn=1009 * n) for n in range(scenario.routers)]
         self.outcomes: dict[str, Outcome] = {}
         self.declined: dict[str, list[int]] = {}
+        self.held: dict[str, float] = {}
         self.expected: dict[str, tuple[float, float, Router]] = {}
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()
@@ -174,8 +218,9 @@ class Service:
         """Until every session has ended, or `until`."""
         for turn in firsts:
             self.at(turn.request.arrived_at, lambda now, turn=turn: self.arrive(turn, now))  # type: ignore[misc]
-        for router in self.routers:
-            self.tell(router, 0.0)
+        if self.tell_every > 0:
+            for number, router in enumerate(self.routers):
+                self.tell(router, number * self.tell_every / len(self.routers))
         while self._events and self._events[0][0] <= until:
             now, _, act = heapq.heappop(self._events)
             act(now)
@@ -184,10 +229,12 @@ class Service:
         return self.outcomes
 
     def tell(self, router: Router, now: float) -> None:
-        for number, site in enumerate(self.sites):
-            router.fleet.tell(site.name, site.load())
-            router.told_at[number] = now
+        self.tell_once(router, now)
         self.at(now + self.tell_every, lambda later: self.tell(router, later))
+
+    def tell_once(self, router: Router, now: float) -> None:
+        for site in self.sites:
+            router.fleet.tell(site.name, site.load(), now)
 
     def arrive(self, turn: Turn, now: float) -> None:
         self.outcomes[turn.request.id] = Outcome(turn.request)
@@ -196,14 +243,19 @@ class Service:
 
     def dispatch(self, turn: Turn, now: float) -> None:
         number = self.choose(turn, now)
+        if number is None:
+            self.held[turn.request.id] = self.held.get(turn.request.id, 0.0) + HOLD_STEP
+            self.at(now + HOLD_STEP, lambda later: self.dispatch(turn, later))
+            return
         self.sites[number].take(turn, now)
         self.wake(number, now)
 
-    def choose(self, turn: Turn, now: float) -> int:
+    def choose(self, turn: Turn, now: float) -> int | None:
+        """Where the request goes; None when it is kept back."""
         router = self.routers[int(self._rng.integers(len(self.routers)))]
         session, before = turn.request.session, self.declined[turn.request.id]
         count = len(self.sites)
-        if self.policy == "ranked":
+        if self.policy in RANKED:
             return self.ranked(router, turn, now)
         if self.policy == "least_tokens":
             return min(range(count), key=lambda n: self.sites[n].outstanding())
@@ -214,26 +266,39 @@ class Service:
         router.turn += 1
         return router.turn % count
 
-    def ranked(self, router: Router, turn: Turn, now: float) -> int:
-        request, before = turn.request, self.declined[turn.request.id]
-        slo = request.stages[0].slo
+    def ask(self, router: Router, turn: Turn, now: float) -> Ask:
+        request, slo = turn.request, turn.request.stages[0].slo
         assert slo is not None
         cached = None
         if request.session is not None and request.session in router.homes:
             number = router.homes[request.session]
             cached = {self.sites[number].name: float(self.sites[number].cached.get(request.session, 0))}
         left = max(request.arrived_at + slo.ttft - now, 1e-3)
-        ask = Ask(request.prompt_tokens, PRIOR_OUTPUT, left, slo.tpot, cached)
+        return Ask(request.prompt_tokens, PRIOR_OUTPUT, left, slo.tpot, cached)
+
+    def ranked(self, router: Router, turn: Turn, now: float) -> int | None:
+        """As a router does it."""
+        request, before = turn.request, self.declined[turn.request.id]
+        if self.tell_every <= 0:
+            self.tell_once(router, now)
+        ask = self.ask(router, turn, now)
         router.turn += 1
-        order = [n for n in rank(router.fleet, ask, now - router.told_at, router.turn).tolist() if n not in before]
-        if not order or len(before) >= MAX_HOPS:
-            order = rank(router.fleet, replace(ask, ttft=math.inf, tpot=math.inf), now - router.told_at).tolist()
-        expected = float(predict(router.fleet, ask, now - router.told_at)[order[0]])
-        self.expected[request.id] = (now, expected, router)
+        among = drawn(router.fleet, ask, FEW, router.turn) if self.policy == "few" else None
+        order = [n for n in rank(router.fleet, ask, now, router.turn, among).tolist() if n not in before]
+        is_refused = not order or len(before) >= MAX_HOPS
+        if self.policy == "held" and (is_refused or is_hopeless(router.fleet, ask, now)) and self.may_hold(turn, ask):
+            before.clear()
+            return None
+        if is_refused:
+            order = rank(router.fleet, replace(ask, ttft=math.inf, tpot=math.inf), now, router.turn, among).tolist()
+        self.expected[request.id] = (now, float(predict(router.fleet, ask, now)[order[0]]), router)
         router.fleet.sent(self.sites[order[0]].name, ask)
         if request.session is not None:
             router.homes[request.session] = order[0]
         return int(order[0])
+
+    def may_hold(self, turn: Turn, ask: Ask) -> bool:
+        return self.held.get(turn.request.id, 0.0) < HOLD_SECONDS and ask.ttft > 2 * HOLD_STEP
 
     def wake(self, number: int, now: float) -> None:
         if not self.sites[number].is_busy:
@@ -245,6 +310,8 @@ class Service:
         if not site.live:
             return
         plan = site.planner.plan(now)
+        for each in plan.decisions:
+            site.live[each.request_id].is_promised = each.admitted
         gone = [each.request_id for each in plan.decisions if self.declines(site, each.request_id, each.admitted)]
         is_idle = not plan.chunks and not plan.evicted
         turns_ = [site.drop(name) for name in gone]
@@ -267,14 +334,15 @@ class Service:
         if each.is_settled:
             return False
         each.is_settled = True
-        most = min(MAX_HOPS, len(self.sites)) if self.policy == "ranked" else len(self.sites) - 1
-        may = self.policy in ("ranked", "hops") and len(self.declined[request_id]) < most
+        most = min(MAX_HOPS, len(self.sites)) if self.policy in RANKED else len(self.sites) - 1
+        may = len(self.sites) > 1 and self.policy in ("hops", *RANKED) and len(self.declined[request_id]) < most
         return may and not admitted and not each.tokens
 
     def ended(self, number: int, report: StepReport, now: float) -> None:
         site = self.sites[number]
         # Counted again: a request with a cached prefix may have come while the step ran.
         site.planner.report(replace(report, free_blocks=site.engine.free_blocks))
+        site.changed()
         assert isinstance(report.advances, Advances)
         for name, row in zip(report.advances.ids, report.advances.numbers.tolist(), strict=True):
             self.outcomes[name].token_times.extend([report.finished_at] * row[1])
@@ -308,69 +376,174 @@ def without(plan: Plan, gone: set[str]) -> Plan:
 def attainment(scenario: Scenario, policy: str, rate: float, seed: int) -> float:
     """The share of sessions all of whose tokens came in time."""
     arrivals = Arrivals(scenario.workload, scenario.arrivals, burst_period=20.0)
-    drawn = draw(arrivals, rate, rate, scenario.seconds, seed)
-    firsts, _ = turns(drawn, load_profile(scenario.sites[0][0]), TARGETS, 0.25)
-    outcomes = Service(scenario, policy, seed).run(firsts, 4 * scenario.seconds)
+    # Thinned from, or made of, the same sessions at every rate: what differs is the policy.
+    sessions = draw(arrivals, rate, PER_REPLICA * len(scenario.sites), scenario.seconds, seed)
+    firsts, _ = turns(sessions, load_profile(scenario.sites[0][0]), TARGETS, 0.25)
+    outcomes = Service(scenario, policy, seed).run(firsts, scenario.seconds + 120.0)
     return sum(kept(turn, outcomes)["strict"] for turn in firsts) / max(len(firsts), 1)
 
 
-def capacity(scenario: Scenario, policy: str, low: float, high: float, seed: int, tries: int = 8) -> float:
-    """The highest rate found by bisection (logarithmic) at which TARGET of the sessions attain."""
-    for _ in range(tries):
-        middle = math.sqrt(low * high)
-        if attainment(scenario, policy, middle, seed) >= TARGET:
-            low = middle
-        else:
-            high = middle
-    return low
+def capacity(share: Callable[[float], float], guess: float) -> float:
+    """The rate at which TARGET of the sessions attain: bracketed from `guess` on, halved, then interpolated."""
+    low, high = _bracket(share, guess)
+    while high[0] / low[0] > CLOSE:
+        rate = math.sqrt(low[0] * high[0])
+        found = (rate, share(rate))
+        low, high = (found, high) if found[1] >= TARGET else (low, found)
+    part = (low[1] - TARGET) / max(low[1] - high[1], 1e-9)
+    return low[0] * (high[0] / low[0]) ** part
 
 
-def decision_micros(count: int, repeats: int = 300) -> float:
-    """The median time of one ranking over so many instances."""
+def _bracket(share: Callable[[float], float], guess: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Two rates GALLOP apart with what attains at them: the lower one keeps TARGET, the higher one does not."""
+    here = (guess, share(guess))
+    step = GALLOP if here[1] >= TARGET else 1 / GALLOP
+    while True:
+        next_rate = here[0] * step
+        there = (next_rate, share(next_rate))
+        if (there[1] >= TARGET) != (here[1] >= TARGET):
+            return (here, there) if step > 1 else (there, here)
+        here = there
+
+
+def decision_micros(count: int, few: int = 0, repeats: int = 400) -> float:
+    """The median time of one choice among so many instances, or among `few` drawn from them."""
     rng = np.random.default_rng(0)
     fleet = Fleet([f"i{n}" for n in range(count)])
     for name in fleet.names:
         fleet.tell(name, Load(float(rng.integers(0, 5000)), 0.0, float(rng.integers(0, 60)), 20.0, 0.03, 1e-4, 0.05))
-    ages, ask = np.full(count, 0.05), Ask(500, 200, 0.6, 0.1)
+    ask = Ask(500, 200, 0.6, 0.1, {"i0": 300.0})
     times = []
     for turn in range(repeats):
         begun = time.perf_counter()
-        rank(fleet, ask, ages, turn)
+        rank(fleet, ask, 0.05, turn, drawn(fleet, ask, few, turn) if few else None)
         times.append(time.perf_counter() - begun)
     return float(np.median(times) * 1e6)
 
 
+def decisions() -> dict[str, dict[str, float]]:
+    """Microseconds of a choice by the number of instances, among all and among FEW."""
+    counts = (1, 2, 4, 8, 64, 512)
+    return {
+        "all": {str(count): decision_micros(count) for count in counts},
+        "few": {str(count): decision_micros(count, FEW) for count in counts},
+    }
+
+
 def lines(found: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """Capacity as a ratio to round-robin."""
-    yield f"{'scenario':<16}{'round robin/s':>14}" + "".join(f"{name:>14}" for name in POLICIES[1:])
+    """Capacity as a ratio to round-robin; the scenario's own policies only."""
+    yield f"{'scenario':<26}{'round robin/s':>14}" + "".join(f"{name:>14}" for name in POLICIES[1:])
     for name, rates in found.items():
-        base = rates["round_robin"]
-        yield f"{name:<16}{base:>14.2f}" + "".join(f"{rates[each] / base:>14.2f}" for each in POLICIES[1:])
+        base = rates.get("round_robin") or found.get(_LIKE.get(name, ""), {}).get("round_robin", math.nan)
+        cells = (f"{rates[each] / base:>14.2f}" if each in rates else f"{'':>14}" for each in POLICIES[1:])
+        yield f"{name:<26}{base:>14.2f}" + "".join(cells)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`slos-serve study-dispatch`."""
     parser.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="default: all")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=60.0, help="virtual seconds of arrivals")
-    parser.add_argument("--low", type=float, default=1.0, help="sessions per second where the search begins")
-    parser.add_argument("--high", type=float, default=80.0)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--policy", action="append", choices=POLICIES, help="default: those of the scenario")
+    parser.add_argument("--seeds", type=int, default=1, help="runs whose capacities are averaged")
+    parser.add_argument("--seconds", type=float, default=60.0, help="virtual seconds of arrivals, up to 8 replicas")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keeps what was found; what it has is not run again")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of all that was found")
+
+
+def search(name: str, policy: str, seed: int, seconds: float) -> float:
+    """The capacity of one scenario under one policy."""
+    scenario = SCENARIOS[name]
+    scenario = replace(scenario, seconds=scenario.seconds or seconds)
+    return capacity(lambda rate: attainment(scenario, policy, rate, seed), PER_REPLICA * len(scenario.sites))
 
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
-    found: dict[str, dict[str, float]] = {}
-    for name in args.scenario or SCENARIOS:
-        scenario = replace(SCENARIOS[name], seconds=args.seconds)
-        found[name] = {}
-        for policy in POLICIES:
-            rates = [capacity(scenario, policy, args.low, args.high, seed) for seed in range(args.seeds)]
-            found[name][policy] = math.exp(float(np.mean(np.log(rates))))
-            print(f"{name}, {policy}: {found[name][policy]:.2f}/s", flush=True)
-    micros = {count: decision_micros(count) for count in (1, 2, 4, 8, 64, 512)}
+    kept_: dict[str, Any] = {"capacity": {}}
+    if args.json and args.json.exists():
+        kept_ = json.loads(args.json.read_text(encoding="utf-8"))
+    runs: dict[str, dict[str, dict[str, float]]] = kept_["capacity"]
+    kept_["decision_us"] = decisions()
+    for seed in range(args.seeds):
+        for name in args.scenario or SCENARIOS:
+            for policy in args.policy or SCENARIOS[name].policies:
+                seeds = runs.setdefault(name, {}).setdefault(policy, {})
+                if str(seed) not in seeds:
+                    seeds[str(seed)] = search(name, policy, seed, args.seconds)
+                    print(f"{name}, {policy}, seed {seed}: {seeds[str(seed)]:.2f}/s", flush=True)
+                if args.json:
+                    args.json.write_text(json.dumps(kept_, indent=1) + "\n", encoding="utf-8")
+    found = averaged(runs)
     print("\n".join(lines(found)))
-    print("one decision, microseconds: " + ", ".join(f"{count}: {value:.0f}" for count, value in micros.items()))
-    if args.json:
-        args.json.write_text(json.dumps({"capacity": found, "decision_us": micros}, indent=1) + "\n", encoding="utf-8")
+    for among, micros in kept_["decision_us"].items():
+        shown = ", ".join(f"{count}: {value:.0f}" for count, value in micros.items())
+        print(f"one decision among {among}, microseconds by instances: {shown}")
+    if args.plot:
+        plot(found, kept_["decision_us"], args.plot)
     return 0
+
+
+def averaged(runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Geometric means over the seeds that every policy of a scenario has."""
+    found: dict[str, dict[str, float]] = {}
+    for name, policies in runs.items():
+        shared = set.intersection(*(set(seeds) for seeds in policies.values()))
+        if shared:
+            found[name] = {
+                policy: math.exp(float(np.mean([math.log(seeds[seed]) for seed in shared])))
+                for policy, seeds in policies.items()
+            }
+    return found
+
+
+def plot(found: Mapping[str, Mapping[str, float]], micros: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Four panels: capacity by scenario, by number of replicas, by age of loads, and what a decision costs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    skews, scale, ages, costs = figure.subplots(2, 2).flat
+    _plot_skews(skews, {n: r for n, r in found.items() if "round_robin" in r and "replica" not in n})
+    _plot_scale(scale, found)
+    _plot_ages(ages, found)
+    for among, values in micros.items():
+        costs.loglog([int(count) for count in values], list(values.values()), "o-", label=f"among {among}")
+    costs.axhline(50.0, color="grey", linestyle=":")
+    costs.set(xlabel="instances", ylabel="microseconds", title="one decision")
+    costs.legend()
+    figure.savefig(path, dpi=110)
+
+
+def _plot_skews(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
+    names = list(found)
+    for index, policy in enumerate(POLICIES):
+        places = [place + 0.12 * (index - 3) for place, name in enumerate(names) if policy in found[name]]
+        values = [found[name][policy] / found[name]["round_robin"] for name in names if policy in found[name]]
+        if values and policy != "round_robin":
+            axes.bar(places, values, 0.12, label=policy)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    axes.set(ylabel="times round-robin", title="capacity on four replicas")
+    axes.legend(fontsize=8)
+
+
+def _plot_scale(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
+    sizes = {len(SCENARIOS[n].sites): rates for n, rates in found.items() if "replica" in n or n == "equal"}
+    for policy in POLICIES:
+        points = [(size, sizes[size][policy] / size) for size in sorted(sizes) if policy in sizes[size]]
+        if len(points) > 1:
+            axes.semilogx(*zip(*points, strict=True), "o-", label=policy, base=2)
+    axes.set(xlabel="replicas (the runs of 64 and 512 are short)", ylabel="sessions/s per replica", title="capacity")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+
+
+def _plot_ages(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
+    for like in ("equal", "straggler"):
+        names = [like, *(name for name, other in _LIKE.items() if other == like)]
+        points = sorted((SCENARIOS[n].tell, found[n]["ranked"]) for n in names if "ranked" in found.get(n, {}))
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", label=f"{like}, ranked")
+            axes.axhline(found[like].get("round_robin", math.nan), linestyle=":", label=f"{like}, round robin")
+    axes.set(xlabel="seconds between two loads", ylabel="sessions/s", title="capacity with old loads")
+    axes.set_ylim(bottom=0)
+    if axes.lines:
+        axes.legend(fontsize=8)

@@ -6,8 +6,9 @@ an instance told is an argument.
 
 An instance can keep a promise when it has the memory, when one more decode fits within the tightest pace
 there, and when the prompt would be computed in time behind the promised prompts that wait. Among those the
-one goes first whose first token is expected earliest for its slack, a session's home credited with the prefix
-it has in its cache. Equal ones take turns.
+one goes first whose first token is expected earliest for its slack. What has to be computed counts beyond that: where
+many wait, a prefix that is computed once more elsewhere makes all of them later, so a session stays at its home
+unless another instance is much better. Equal ones take turns.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .core import Capabilities, Snapshot
+from .jit import compiled
 from .perf import BatchShape
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -33,6 +35,7 @@ UNFIT: Final = 1e6  # and those without memory or pace behind those that are onl
 NOTICED_SECONDS: Final = 0.05  # differences of this size say nothing about an instance's speed
 FORGIVING: Final = 0.98  # of an instance's slowness, what is left at the next load
 BALANCE: Final = 0.3  # cost of having twice as many requests as the others
+WORK: Final = 5.0  # what a second of prefill costs all that come later, in seconds of this request
 AFFINITY: Final = 0.25  # cost of making a loose instance run at a tight pace, at worst
 
 
@@ -121,7 +124,17 @@ class Ask:
 
 # Rows of `Fleet.table`: the fields of Load, then what the dispatcher observed itself.
 _ROW: Final[Mapping[str, int]] = {each.name: row for row, each in enumerate(fields(Load))}
+_QUEUED: Final = _ROW["queued_tokens"]
+_IDLE: Final = _ROW["idle_tokens"]
+_REQUESTS: Final = _ROW["requests"]
+_STEP: Final = _ROW["step"]
+_PER_TOKEN: Final = _ROW["per_token"]
+_TIGHTEST: Final = _ROW["tightest"]
+_FREE: Final = _ROW["free_blocks"]
+_BLOCK: Final = _ROW["block_tokens"]
+_SLOTS: Final = _ROW["slots"]
 _SLOWNESS: Final = len(_ROW)
+_TOLD: Final = len(_ROW) + 1  # when it told its load
 
 
 class Fleet:
@@ -130,36 +143,36 @@ class Fleet:
     def __init__(self, names: Sequence[str] = ()) -> None:
         self.names: tuple[str, ...] = ()
         self.index: dict[str, int] = {}
-        self.table: Floats = np.zeros((_SLOWNESS + 1, 0))
+        self.table: Floats = np.zeros((_TOLD + 1, 0))
         self.resize(names)
 
     def resize(self, names: Sequence[str]) -> None:
         """Keep what is known of those that stay; the others start empty. Raises ValueError for a duplicate."""
         if len(set(names)) < len(names):
             raise ValueError(f"instances must be named once each, got {', '.join(names)}")
-        table = np.repeat(np.array([[*asdict(Load()).values(), 1.0]]).T, len(names), axis=1)
+        table = np.repeat(np.array([[*asdict(Load()).values(), 1.0, 0.0]]).T, len(names), axis=1)
         for column, name in enumerate(names):
             if name in self.index:
                 table[:, column] = self.table[:, self.index[name]]
         self.names, self.table = tuple(names), table
         self.index = {name: column for column, name in enumerate(names)}
 
-    def tell(self, name: str, load: Load) -> None:
-        """An instance told its load. What made it look slow is slowly forgiven, or nobody would try it again."""
+    def tell(self, name: str, load: Load, now: float = 0.0) -> None:
+        """An instance told its load at `now`. What made it look slow is slowly forgiven, so that it is tried again."""
         column = self.table[:, self.index[name]]
         column[:_SLOWNESS] = [getattr(load, field) for field in _ROW]
         column[_SLOWNESS] = 1.0 + FORGIVING * (column[_SLOWNESS] - 1.0)
+        column[_TOLD] = now
 
     def sent(self, name: str, ask: Ask) -> None:
         """A request went there: it is part of the load until the instance tells its own."""
-        column = self.index[name]
-        kind = "queued_tokens" if math.isfinite(ask.ttft) else "idle_tokens"
-        self.table[_ROW[kind], column] += max(ask.prompt_tokens - (ask.cached or {}).get(name, 0.0), 1.0)
-        self.table[_ROW["requests"], column] += 1.0
-        self.table[_ROW["step"], column] += self.table[_ROW["per_token"], column]
-        blocks = math.ceil(ask.prompt_tokens / self.table[_ROW["block_tokens"], column])
-        self.table[_ROW["free_blocks"], column] -= blocks
-        self.table[_ROW["tightest"], column] = min(self.table[_ROW["tightest"], column], ask.tpot)
+        column = self.table[:, self.index[name]]
+        kind = _QUEUED if math.isfinite(ask.ttft) else _IDLE
+        column[kind] += max(ask.prompt_tokens - (ask.cached or {}).get(name, 0.0), 1.0)
+        column[_REQUESTS] += 1.0
+        column[_STEP] += column[_PER_TOKEN]
+        column[_FREE] -= math.ceil(ask.prompt_tokens / column[_BLOCK])
+        column[_TIGHTEST] = min(column[_TIGHTEST], ask.tpot)
 
     def observed(self, name: str, predicted: float, measured: float, weight: float = 0.2) -> None:
         """A first token came after `measured` seconds where `predicted` were expected: slow ones stand out."""
@@ -171,76 +184,126 @@ class Fleet:
     @property
     def per_token(self) -> float:
         """Seconds per prompt token, the median; 0 without instances."""
-        return float(np.median(self.table[_ROW["per_token"]])) if self.names else 0.0
+        return float(np.median(self.table[_PER_TOKEN])) if self.names else 0.0
 
     def slowness(self, name: str) -> float:
         """How much later than predicted its first tokens come, as a factor."""
         return float(self.table[_SLOWNESS, self.index[name]])
 
 
-def predict(fleet: Fleet, ask: Ask, ages: Floats | float = 0.0) -> Floats:
+def predict(fleet: Fleet, ask: Ask, now: float = 0.0, among: Order | None = None) -> Floats:
     """Expected seconds until the first token at each instance, infinite where the decodes fill every iteration.
 
-    `ages` are the seconds since each load was told: the older, the more is assumed to wait there.
+    The older the load that an instance told, the more is assumed to wait there. Of the columns `among`, or of all.
     """
-    t = fleet.table
-    tokens = _new_tokens(fleet, ask)
-    promised = math.isfinite(ask.ttft)
-    waiting = t[_ROW["queued_tokens"]] + (0.0 if promised else t[_ROW["idle_tokens"]])
-    waiting = waiting * (1.0 + 0.5 * np.minimum(np.asarray(ages) / STALE_SECONDS, 4.0))
-    period = np.minimum(np.minimum(t[_ROW["tightest"]], ask.tpot), CAP_SECONDS)
-    per_token, step = t[_ROW["per_token"]], t[_ROW["step"]]
-    room = np.maximum(period - step, 0.0)
-    with np.errstate(divide="ignore"):
-        stretch = np.where(room > 0.0, period / room, np.inf)
-    # What fits one iteration takes one; more than that takes whole ones, of which decodes have their share.
-    alone = step + tokens * per_token
-    seconds = np.where((waiting <= 0.0) & (alone <= period), alone, (waiting + tokens) * per_token * stretch + step)
-    seconds = seconds + np.where(t[_ROW["requests"]] > 0, 0.5 * step, 0.0)
-    result: Floats = seconds * np.maximum(t[_SLOWNESS], 1.0)
-    return result
+    return _weighed(fleet, ask, now, among)[0]
 
 
-def rank(fleet: Fleet, ask: Ask, ages: Floats | float = 0.0, turn: int = 0) -> Order:
-    """Column numbers of `fleet`, best first. Instances of equal cost take turns: `turn` counts the calls."""
-    count = len(fleet.names)
-    cost = _cost(fleet, ask, ages)
-    rotated = (np.arange(count) - turn) % max(count, 1)
-    order: Order = np.lexsort((rotated, np.round(cost, 3)))
+def rank(fleet: Fleet, ask: Ask, now: float = 0.0, turn: int = 0, among: Order | None = None) -> Order:
+    """Column numbers of `fleet`, best first. Instances of equal cost take turns: `turn` counts the calls.
+
+    `among` are the columns to choose from; all where it is None.
+    """
+    _, cost, columns = _weighed(fleet, ask, now, among)
+    order: Order = _sorted(columns, cost, turn)
     return order
 
 
-def _cost(fleet: Fleet, ask: Ask, ages: Floats | float) -> Floats:
-    t = fleet.table
-    expected = predict(fleet, ask, ages)
-    if not math.isfinite(ask.ttft):
-        # Best effort goes where the fewest wait for a promise and the least is left over for others.
-        busy = t[_ROW["step"]] / np.minimum(t[_ROW["tightest"]], CAP_SECONDS)
-        idle: Floats = np.minimum(expected, 1e3) + busy + 0.01 * t[_ROW["requests"]]
-        return idle
-    slack = max(ask.ttft, 1e-3)
-    requests = t[_ROW["requests"]]
-    share = requests / (requests.mean() + 4.0) + requests / t[_ROW["slots"]]
-    pace = np.minimum(t[_ROW["tightest"]], ask.tpot)
-    late = expected > ask.ttft
-    blocks = (_new_tokens(fleet, ask) + ask.new_tokens) / t[_ROW["block_tokens"]]
-    unfit = (t[_ROW["step"]] + t[_ROW["per_token"]] > pace) | (blocks > t[_ROW["free_blocks"]])
-    unfit |= requests >= t[_ROW["slots"]]
-    cost = np.minimum(expected, 1e3) / slack + t[_ROW["step"]] / pace + BALANCE * share
-    # A tight request shortens every iteration of its instance: better where they are short already.
-    before = np.minimum(t[_ROW["tightest"]], CAP_SECONDS)
-    shorter = np.maximum(before - np.minimum(before, ask.tpot), 0.0) / CAP_SECONDS
-    longer = np.maximum(np.minimum(ask.tpot, CAP_SECONDS) - before, 0.0) / CAP_SECONDS
-    result: Floats = cost + AFFINITY * (shorter + longer) + LATE * late + UNFIT * unfit
-    return result
+def drawn(fleet: Fleet, ask: Ask, count: int, turn: int) -> Order:
+    """`count` columns drawn at random, another draw at every turn, and those with a cached prefix: what a choice
+    costs then does not grow with the number of instances."""
+    homes = [fleet.index[name] for name in ask.cached or () if name in fleet.index]
+    order: Order = _draw(len(fleet.names), np.array(homes, np.int64), count, turn)
+    return order
 
 
-def _new_tokens(fleet: Fleet, ask: Ask) -> Floats:
+def is_hopeless(fleet: Fleet, ask: Ask, now: float = 0.0) -> bool:
+    """Whether no instance is expected to keep the promise."""
+    return bool(np.min(_weighed(fleet, ask, now, None)[1], initial=np.inf) >= LATE)
+
+
+def _weighed(fleet: Fleet, ask: Ask, now: float, among: Order | None) -> tuple[Floats, Floats, Order]:
+    """Expected seconds and cost at each of these columns, and the columns."""
+    columns: Order = np.arange(len(fleet.names)) if among is None else among
     tokens = np.full(len(fleet.names), float(ask.prompt_tokens))
     for name, cached in (ask.cached or {}).items():
         if name in fleet.index:
             tokens[fleet.index[name]] = max(ask.prompt_tokens - cached, 1.0)
-    return tokens
+    expected, cost = np.empty(columns.size), np.empty(columns.size)
+    _weigh(fleet.table, columns, tokens, float(ask.new_tokens), float(ask.ttft), float(ask.tpot), now, expected, cost)
+    return expected, cost, columns
+
+
+@compiled
+def _weigh(
+    table: Any, columns: Any, tokens: Any, new_tokens: float, ttft: float, tpot: float, now: float,
+    expected: Any, cost: Any,
+) -> None:  # fmt: skip
+    """Fill in `expected` and `cost`, an entry for each of `columns`; `tokens` are those not cached, by column."""
+    promised = ttft < math.inf
+    mean = 0.0
+    for c in columns:
+        mean += table[_REQUESTS, c] / columns.size
+    for i in range(columns.size):
+        c = columns[i]
+        step, per_token, tightest = table[_STEP, c], table[_PER_TOKEN, c], table[_TIGHTEST, c]
+        requests = table[_REQUESTS, c]
+        waiting = table[_QUEUED, c] + (0.0 if promised else table[_IDLE, c])
+        waiting *= 1.0 + 0.5 * min(max(now - table[_TOLD, c], 0.0) / STALE_SECONDS, 4.0)
+        before = min(tightest, CAP_SECONDS)
+        period = min(before, tpot)
+        # What fits one iteration takes one; more than that takes whole ones, of which decodes have their share.
+        seconds = step + tokens[c] * per_token
+        if waiting > 0.0 or seconds > period:
+            room = period - step
+            seconds = (waiting + tokens[c]) * per_token * period / room + step if room > 0.0 else math.inf
+        if requests > 0.0:
+            seconds += 0.5 * step
+        seconds *= max(table[_SLOWNESS, c], 1.0)
+        expected[i] = seconds
+        work = WORK * tokens[c] * per_token
+        if not promised:
+            # Best effort goes where the fewest wait for a promise and the least is left over for others.
+            cost[i] = min(seconds, 1e3) + work + step / before + 0.01 * requests
+            continue
+        slack, pace = max(ttft, 1e-3), min(tightest, tpot)
+        share = requests / (mean + 4.0) + requests / table[_SLOTS, c]
+        # A tight request shortens every iteration of its instance: better where they are short already.
+        other = abs(before - min(tpot, CAP_SECONDS)) / CAP_SECONDS
+        value = (min(seconds, 1e3) + work) / slack + step / pace + BALANCE * share + AFFINITY * other
+        blocks = (tokens[c] + new_tokens) / table[_BLOCK, c]
+        if step + per_token > pace or blocks > table[_FREE, c] or requests >= table[_SLOTS, c]:
+            value += UNFIT
+        cost[i] = value + (LATE if seconds > ttft else 0.0)
+
+
+@compiled
+def _sorted(columns: Any, cost: Any, turn: int) -> Any:
+    """The columns by cost, the cheapest first, equal ones from number `turn` on."""
+    count = columns.size
+    turned = (np.arange(count) + turn) % max(count, 1)
+    return columns[turned[np.argsort(np.floor(cost[turned] * 1000.0), kind="mergesort")]]
+
+
+@compiled
+def _draw(instances: int, homes: Any, count: int, turn: int) -> Any:
+    """`homes`, and others until there are `count` or no more: a random walk that `turn` begins."""
+    picked = np.zeros(instances, np.bool_)
+    found = np.empty(max(min(count, instances), homes.size), np.int64)
+    size = 0
+    for c in homes:
+        picked[c] = True
+        found[size] = c
+        size += 1
+    state = turn % 2147483646 + 1
+    while size < found.size:
+        state = state * 48271 % 2147483647  # the minimal standard generator, all of it within 64 bits
+        c = (state >> 8) % instances
+        if not picked[c]:
+            picked[c] = True
+            found[size] = c
+            size += 1
+    return found
 
 
 def home(session: str, names: Sequence[str]) -> str | None:

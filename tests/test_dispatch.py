@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 
 from slos_serve.scheduler.core import Capabilities, Snapshot
-from slos_serve.scheduler.dispatch import Ask, Fleet, Load, home, load_of, predict, rank
+from slos_serve.scheduler.dispatch import Ask, Fleet, Load, drawn, home, is_hopeless, load_of, predict, rank
 from slos_serve.scheduler.perf import BatchShape, PerfModel, Piece
 
 IDLE = Load(step=0.005, per_token=0.0001, free_blocks=1000, num_blocks=1000)
@@ -61,6 +60,34 @@ def test_a_session_goes_home_unless_home_is_late() -> None:
     assert order(fleet_of(other=IDLE, home=busy(queued_tokens=9000.0, requests=9.0)), ask)[0] == "other"
 
 
+def test_a_session_stays_at_home_where_all_are_late() -> None:
+    """To compute its prefix once more would make everybody later; so it is without a promise, too."""
+    cached = {"home": 1900.0}
+    fleet = fleet_of(other=busy(queued_tokens=9000.0, requests=9.0), home=busy(queued_tokens=9500.0, requests=9.0))
+    assert order(fleet, Ask(2000, 50, ttft=0.1, tpot=0.1, cached=cached))[0] == "home"
+    assert order(fleet, Ask(2000, 50, cached=cached))[0] == "home"
+
+
+def test_it_is_hopeless_where_nobody_can_keep_the_promise() -> None:
+    """One that can is enough; with no instance there is no hope either."""
+    late = busy(queued_tokens=9000.0)
+    assert is_hopeless(fleet_of(a=late, b=busy(free_blocks=1.0)), CHAT)
+    assert not is_hopeless(fleet_of(a=late, b=IDLE), CHAT)
+    assert is_hopeless(Fleet(), CHAT)
+
+
+def test_a_choice_of_some_is_drawn_anew_at_each_turn_and_has_the_home() -> None:
+    """No instance is left out for long; ranking among those drawn names only those."""
+    fleet = fleet_of(**{f"i{number}": IDLE for number in range(40)})
+    ask = Ask(100, 100, ttft=0.5, tpot=0.1, cached={"i7": 50.0, "gone": 9.0})
+    draws = [drawn(fleet, ask, 4, turn).tolist() for turn in range(400)]
+    assert all(len(set(draw)) == 4 and 7 in draw for draw in draws)
+    counts = [sum(number in draw for draw in draws) for number in range(40) if number != 7]
+    assert min(counts) > 10
+    assert set(rank(fleet, ask, among=drawn(fleet, ask, 4, 9)).tolist()) == set(draws[9])
+    assert sorted(drawn(fleet, ask, 99, 0).tolist()) == list(range(40))
+
+
 def test_what_was_sent_counts_before_the_next_load() -> None:
     """A burst between two loads is spread over the instances."""
     fleet = fleet_of(a=IDLE, b=IDLE, c=IDLE, d=IDLE)
@@ -85,8 +112,10 @@ def test_an_instance_that_misses_its_predictions_is_avoided_and_forgiven() -> No
 
 def test_an_old_load_is_trusted_less() -> None:
     """The same queue counts more when it was told long ago."""
-    fleet = fleet_of(a=busy(queued_tokens=1000.0), b=busy(queued_tokens=1000.0))
-    fresh, stale = predict(fleet, CHAT, np.array([0.0, 2.0]))
+    fleet = Fleet(["fresh", "stale"])
+    fleet.tell("fresh", busy(queued_tokens=1000.0), 10.0)
+    fleet.tell("stale", busy(queued_tokens=1000.0), 8.0)
+    fresh, stale = predict(fleet, CHAT, 10.0)
     assert stale > fresh
 
 

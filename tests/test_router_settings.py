@@ -99,8 +99,10 @@ def heard(*states: dict[str, Any]) -> list[str]:
             instances.members[address] = Member(address, Link(address))
         for member, told in zip(instances.members.values(), states, strict=True):
             instances._hear(member, told)
-        order = instances.order(Ask(10, 10, 1.0, 0.1), set())
-        assert {member.address for member in order} == {m.address for m in instances.members.values() if m.is_usable}
+        found: set[str] = set()
+        while (best := instances.best(Ask(10, 10, 1.0, 0.1), found)) is not None:
+            found.add(best.address)
+        assert found == {member.address for member in instances.members.values() if member.is_usable}
         return [member.trouble for member in instances.members.values()]
 
     return asyncio.run(run())
