@@ -22,8 +22,8 @@ import numpy as np
 
 from slos_serve.client.wire import Array
 
+from .parked import Parked
 from .refusal import Refusal
-from .tickets import Parked
 
 if TYPE_CHECKING:
     from .translate import Submission

@@ -126,9 +126,15 @@ def read_call(
     now: float,
     timeout: float,
     is_placement: bool,
+    unseen: tuple[int, float] | None = None,
 ) -> Call:
-    """The request as a Call. Raises Refusal for what cannot be read; the instance judges the rest."""
+    """The request as a Call. Raises Refusal for what cannot be read; the instance judges the rest.
+
+    `unseen` are the most tokens and seconds for a caller who could leave without being seen, None for any other.
+    """
     values = read_fields(tensors, parameters)
+    if unseen is not None:
+        values, timeout = bounded(values, timeout, *unseen)
     if values.get("text_input") is None and values.get("input_ids") is None:
         raise Refusal("INVALID_ARGUMENT", "text_input: a prompt must be given, as text_input or input_ids, got None")
     name_of(values, "session_id")
@@ -141,6 +147,14 @@ def read_call(
         request_id, values, outlet, arrived_at, now + timeout, is_placement,
         ids=ids, times=times, delivered_before=len(ids),
     )  # fmt: skip
+
+
+def bounded(values: dict[str, Any], timeout: float, tokens: int, seconds: float) -> tuple[dict[str, Any], float]:
+    """The fields and the timeout of a request whose caller nobody would see leave, within `tokens` and `seconds`."""
+    asked = values.get("max_tokens")
+    if isinstance(asked, int) and asked > tokens:
+        values = {**values, "max_tokens": tokens}
+    return values, timeout if math.isfinite(timeout) else seconds
 
 
 def control_output(output: Mapping[str, Any]) -> dict[str, Array]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
-_SECONDS: Final = ("refresh_s", "silent_s", "stalled_s", "wait_s", "coalesce_ms")
+_SECONDS: Final = ("refresh_s", "silent_s", "stalled_s", "wait_s", "coalesce_ms", "unseen_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,10 @@ class RouterConfig:
     max_losses: int = 4
     # Tokens that are early are held so long to be forwarded together: more costs less, and the text comes in pieces.
     coalesce_ms: float = 100.0
+    # Nobody can see the caller of an ensemble leave: what may be computed for one who has left is at most so many
+    # tokens, and, where the request has no timeout of its own, what so many seconds allow.
+    unseen_tokens: int = 8192
+    unseen_s: float = 600.0
     # Requests in flight at once; beyond: OVERLOADED.
     max_requests: int = 4096
 
@@ -57,7 +61,7 @@ class RouterConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}: must be a number of at least 0, got {value!r}")
-        for name in ("max_hops", "max_ranked", "max_losses", "max_requests"):
+        for name in ("max_hops", "max_ranked", "max_losses", "unseen_tokens", "max_requests"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from slos_serve.client.wire import encode
-from slos_serve.scheduler.dispatch import Ask, home
+from slos_serve.scheduler.dispatch import Ask, prefix
 
 from .refusal import Refusal, overloaded, parse_refusal
 from .router_call import Call, ask_of
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 MAX_SESSIONS: Final = 20_000
 POLL_SECONDS: Final = 0.02
 LEARNING: Final = 0.05
-PROBABLY_CACHED: Final = 0.5  # share of a session's prompt assumed cached at its home by name
 # The instance is at fault, or going away: another may do better.
 _MOVABLE: Final = frozenset({"UNAVAILABLE", "INTERNAL"})
 
@@ -146,11 +145,8 @@ class Dispatcher:
         session = call.values.get("session_id")
         if session is None or not usable:
             return ask
-        known = self._sessions.get(session)
-        if known is not None and known[0] in self._instances.fleet.index:
-            return replace(ask, cached={known[0]: float(min(known[1], ask.prompt_tokens - 1))})
-        by_name = home(session, self._instances.fleet.names)
-        return replace(ask, cached={by_name: PROBABLY_CACHED * ask.prompt_tokens} if by_name else None)
+        cached = prefix(self._instances.fleet, session, self._sessions.get(session), ask.prompt_tokens)
+        return replace(ask, cached=cached)
 
     async def _attempt(self, call: Call, member: Member, ask: Ask, may_decline: bool) -> None:
         """Serve the call there. Raises _Declined, _Lost, or the Refusal of the instance."""
@@ -163,7 +159,7 @@ class Dispatcher:
         exchange = member.link.send(request_message(self._config.model, call.id, tensors, timeout_us))
         member.exchanges.add(exchange)
         try:
-            await self._relay(call, member, exchange, (now, predicted))
+            await self._relay(call, member, exchange, ask, (now, predicted))
         except Broken as error:
             raise _Lost(str(error)) from error
         except Answered as error:
@@ -176,12 +172,14 @@ class Dispatcher:
             member.exchanges.discard(exchange)
             exchange.close()
 
-    async def _relay(self, call: Call, member: Member, exchange: Exchange, started: tuple[float, float]) -> None:
+    async def _relay(
+        self, call: Call, member: Member, exchange: Exchange, ask: Ask, started: tuple[float, float]
+    ) -> None:
         """Pass on what the instance says. Ends with its last response."""
         is_first = True
         async for response in exchange:
             if "control_output" in response.raw:
-                self._placed(call, member, json.loads(response.text("control_output")))
+                self._placed(call, member, ask, json.loads(response.text("control_output")))
                 return
             ids, at = response.ids(), time.monotonic()
             if response.token_index() != len(call.ids) + len(ids):
@@ -201,11 +199,11 @@ class Dispatcher:
             return
         raise Broken("the stream ended without its last response")
 
-    def _placed(self, call: Call, member: Member, answer: Mapping[str, Any]) -> None:
+    def _placed(self, call: Call, member: Member, ask: Ask, answer: Mapping[str, Any]) -> None:
         """The instance runs it already; the client claims the stream there."""
         session = call.values.get("session_id")
         if session is not None:
-            self._remember(session, member.address, 0)
+            self._remember(session, member.address, int(ask.prompt_tokens))
         call.answer({"address": member.address, **answer, **self._story(call, member)})
 
     def _story(self, call: Call, member: Member) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from slos_serve.client import wire
-from slos_serve.scheduler.dispatch import Ask, Fleet, Load, drawn, predict, rank
+from slos_serve.scheduler.dispatch import Ask, Fleet, Load, drawn, home, predict, rank
 
 from .router_config import RouterConfig
 from .router_link import Answered, Broken, Exchange, Link, request_message
@@ -63,8 +63,9 @@ class Instances:
         self._fingerprint = ""
         self.usable: list[Member] = []  # those that requests may go to, in the order of the fleet's columns
         self._turn = secrets.randbelow(1 << 20)  # several routers do not begin with the same instance
-        nobody, any_ask = Fleet(("nobody",)), Ask(1.0)  # compiled now, not at the first request
-        rank(nobody, any_ask, 0.0, 0, drawn(nobody, any_ask, 1, 0))
+        nobody, ask = Fleet(("nobody",)), Ask(1.0)  # compiled now, not at the first request
+        home(nobody, "")
+        rank(nobody, ask, 0.0, 0, drawn(nobody, ask, 1, 0))
 
     def change(self, addresses: tuple[str, ...]) -> None:
         """The instances are these from now on. One that left finishes what it has."""

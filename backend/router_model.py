@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 POLL_SECONDS: Final = 0.1
 CLOSE_SECONDS: Final = 10.0
 STOP_SECONDS: Final = 1.0
+# An output that is never sent. Triton lists all outputs for a caller who names none, but an ensemble only those that
+# it maps: a request without this one may come from an ensemble, which would not tell that its caller has gone.
+SEEN: Final = "seen_output"
 
 
 class TritonPythonModel:
@@ -43,8 +46,10 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
-        """The tensors of an instance."""
-        return Instance.auto_complete_config(config)
+        """The tensors of an instance, and one that tells ensembles from other callers."""
+        config = Instance.auto_complete_config(config)
+        config.add_output({"name": SEEN, "data_type": "TYPE_BOOL", "dims": [1]})
+        return config
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Start the loop and look for instances. Raises what is wrong with the settings."""
@@ -105,7 +110,10 @@ class TritonPythonModel:
         elif control in ("", "place"):
             timeout = timeout_of(request, parameters)
             named = request_id or f"slos-{secrets.token_hex(8)}"
-            call = read_call(named, tensors, parameters, outlet, now, timeout, control == "place")
+            unseen = None
+            if not control and SEEN not in request.requested_output_names():
+                unseen = self._config.unseen_tokens, self._config.unseen_s
+            call = read_call(named, tensors, parameters, outlet, now, timeout, control == "place", unseen)
             self._loop.call_soon_threadsafe(self._begin, call)
         else:
             raise invalid("control", "must be stop, watch or place at a router", control)

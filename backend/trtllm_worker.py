@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from slos_serve.scheduler.core import Advance, Decision, Plan, RequestId, Snapshot, StepReport
 
 from .generation import Generation
+from .parked import Parked
 from .receipt import Ledger
 from .refusal import Refusal
 from .responder import Reply
 from .roster import Roster
 from .sessions import Sessions, round_of
-from .tickets import Parked
 from .tickets import Tickets as OfferTickets
 from .trtllm_gate import Gate
 from .trtllm_pilot import Ticket

@@ -23,12 +23,13 @@ from slos_serve.scheduler.core import Chunks, Plan, Snapshot, StepReport
 from slos_serve.scheduler.engine import Engine, Planner
 
 from .generation import Generation, Output
+from .parked import Parked
 from .receipt import Ledger
 from .refusal import Refusal
 from .responder import Reply
 from .roster import Roster
 from .sessions import Sessions, round_of
-from .tickets import Parked, Tickets
+from .tickets import Tickets
 
 if TYPE_CHECKING:
     from .herald import Meter

@@ -85,7 +85,6 @@ INPUTS: Final[tuple[Field, ...]] = (
     _f("control", "BYTES", "stop (the request with this id), watch, offer, or place; see control_output"),
     _f("ticket", "BYTES", "claims the stream of a request that was offered to this instance"),
 )
-CONTROLS: Final = ("stop", "watch", "offer", "place")
 
 OUTPUTS: Final[tuple[Field, ...]] = (
     _f("text_output", "BYTES", "new text since the last response (stream) or all of it"),

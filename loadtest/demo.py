@@ -18,7 +18,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -136,11 +136,16 @@ class Served:
 
     def tail(self, lines: int = 30) -> str:
         """The last lines of our server's log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log else ""
+        return tail(self.log, lines) if self.log else ""
+
+
+def tail(log: Path, lines: int = 30) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 class ServerFailed(Exception):
-    """The server did not become ready, or ended by itself."""
+    """A server did not become ready, or ended by itself."""
 
 
 @asynccontextmanager
@@ -169,7 +174,7 @@ async def server(repository: Path, *options: str) -> AsyncIterator[Served]:
         except (EOFError, asyncio.TimeoutError):
             raise ServerFailed(f"it did not become ready; the end of its log:\n{served.tail()}") from None
         finally:
-            await _stop(process)
+            await stop(process)
             await reading
 
 
@@ -188,7 +193,8 @@ async def _read_log(source: asyncio.StreamReader, log: Path, addresses: asyncio.
         addresses.set_exception(EOFError())
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
+async def stop(process: asyncio.subprocess.Process) -> None:
+    """Ask a server of ours to end, and after `STOP_SECONDS` make it."""
     if process.returncode is None:
         process.terminate()
         with contextlib.suppress(asyncio.TimeoutError):
@@ -317,13 +323,18 @@ def _positive(value: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """The command; Ctrl-C stops the server too."""
+    return concluded(_run(args))
+
+
+def concluded(work: Coroutine[Any, Any, int]) -> int:
+    """The exit code of a demonstration, also of one that was interrupted or whose servers failed."""
     try:
-        return asyncio.run(_run(args))
+        return asyncio.run(work)
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("\nStopped.")
         return 130
     except (ServerFailed, StreamError) as error:
-        print(f"The server failed: {error}", file=sys.stderr)
+        print(f"The demonstration failed: {error}", file=sys.stderr)
         return 1
 
 

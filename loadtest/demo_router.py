@@ -27,9 +27,8 @@ import numpy as np
 
 from slos_serve.client.client import SlosClient
 from slos_serve.client.routed import RoutedClient
-from slos_serve.client.stream import StreamError
 
-from .demo import measured_rate
+from .demo import ServerFailed, concluded, measured_rate, stop, tail
 
 LOCUSTFILE: Final = Path(__file__).with_name("locustfile.py")
 LEAST_RATE: Final = 1.5  # arrivals per second, or nobody would be there to lose a server
@@ -39,10 +38,6 @@ PHASES: Final = ("before", "during", "after")
 FAIR: Final = frozenset({"done", "refused", "cancelled"})
 LEGEND: Final = """
 Attained: every token by its due time at the client. `during` are requests that ran while the instance was away."""
-
-
-class ServiceFailed(Exception):
-    """The servers did not become ready, or ended by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +55,7 @@ _INSTANCE: Final = re.compile(r"instance \d+: http=\S+ grpc=(\S+)")
 
 @asynccontextmanager
 async def service(repository: Path, instances: int, log: Path) -> AsyncIterator[Addresses]:
-    """`slos-serve serve --instances N --router` on free ports, until every instance is ready. Raises ServiceFailed."""
+    """`slos-serve serve --instances N --router` on free ports, until every instance is ready. Raises ServerFailed."""
     command = [sys.executable, "-m", "slos_serve.backend.cli", "serve", f"--model-repository={repository}"]
     command += [f"--instances={instances}", "--router", "--probe-interval=1"]
     command += [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
@@ -71,16 +66,16 @@ async def service(repository: Path, instances: int, log: Path) -> AsyncIterator[
         try:
             yield await asyncio.wait_for(_ready(process, log, instances), READY_SECONDS)
         except asyncio.TimeoutError:
-            raise ServiceFailed(f"not ready after {READY_SECONDS:.0f} s:\n{_tail(log)}") from None
+            raise ServerFailed(f"not ready after {READY_SECONDS:.0f} s:\n{tail(log)}") from None
         finally:
-            await _stop(process)
+            await stop(process)
 
 
 async def _ready(process: asyncio.subprocess.Process, log: Path, instances: int) -> Addresses:
     found: Addresses | None = None
     while True:
         if process.returncode is not None:
-            raise ServiceFailed(f"it ended with {process.returncode}:\n{_tail(log)}")
+            raise ServerFailed(f"it ended with {process.returncode}:\n{tail(log)}")
         text = log.read_text(errors="replace")
         router, each = _ROUTER.search(text), _INSTANCE.findall(text)
         if router is not None and found is None:
@@ -96,28 +91,14 @@ async def usable(router: str) -> set[str]:
         return await client.usable() or set()
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        process.terminate()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(process.wait(), 60.0)
-    if process.returncode is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-
-
 def server_of(address: str) -> int:
-    """The process that serves gRPC at this address of this machine. Raises ServiceFailed when there is none."""
+    """The process that serves gRPC at this address of this machine. Raises ServerFailed when there is none."""
     option = f"--grpc-port={address.rpartition(':')[2]}".encode()
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if folder.name.isdigit() and option in (folder / "cmdline").read_bytes().split(b"\0"):
                 return int(folder.name)
-    raise ServiceFailed(f"no server process at {address}")
+    raise ServerFailed(f"no server process at {address}")
 
 
 def kill(address: str) -> None:
@@ -205,7 +186,7 @@ async def demonstrate(args: argparse.Namespace, addresses: Addresses, folder: Pa
 
 def _check(locust: asyncio.subprocess.Process, folder: Path) -> None:
     if locust.returncode is not None:
-        raise ServiceFailed(f"Locust ended with {locust.returncode}:\n{_tail(folder / 'locust.log')}")
+        raise ServerFailed(f"Locust ended with {locust.returncode}:\n{tail(folder / 'locust.log')}")
 
 
 def _conclude(args: argparse.Namespace, folder: Path, code: int, gone_at: float, back_at: float) -> int:
@@ -240,14 +221,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; Ctrl-C stops the servers too."""
-    try:
-        return asyncio.run(_run(args))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("\nStopped.")
-        return 130
-    except (ServiceFailed, StreamError) as error:
-        print(f"The demonstration failed: {error}", file=sys.stderr)
-        return 1
+    return concluded(_run(args))
 
 
 async def _run(args: argparse.Namespace) -> int:

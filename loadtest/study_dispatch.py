@@ -29,7 +29,7 @@ import numpy as np
 
 from slos_serve.scheduler import PerfModel, Piece, Plan, Request, Scheduler, StepReport, timemodel
 from slos_serve.scheduler.core import Advances, Chunks
-from slos_serve.scheduler.dispatch import Ask, Fleet, Load, drawn, home, is_hopeless, load_of, predict, rank
+from slos_serve.scheduler.dispatch import Ask, Fleet, Load, drawn, home, is_hopeless, load_of, predict, prefix, rank
 from slos_serve.scheduler.simulator import Outcome, SimulatedEngine
 
 from .capacity import kept
@@ -46,8 +46,8 @@ FEW: Final = 8
 HOLD_STEP: Final = 0.01  # seconds between two looks at a request that is kept back
 HOLD_SECONDS: Final = 0.05  # and how long at most
 PER_REPLICA: Final = 4.5  # sessions per second where a search begins
-GALLOP: Final = 1.25
-CLOSE: Final = 1.07  # rates this close together are interpolated between
+GALLOP: Final = 1.12
+CLOSE: Final = 1.13  # rates this close together are interpolated between
 
 
 @dataclass(slots=True)
@@ -162,6 +162,9 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
     "mixed GPUs": Scenario(_MIXED),
     "bursts": Scenario(same(4), arrivals="bursts", policies=("round_robin", "least_tokens", "hops", "ranked", "held")),
     "sessions, straggler": Scenario(_SKEWED, workload="tool_calling", policies=_SESSIONS[:-1]),
+    "sessions, 4 routers": Scenario(
+        same(4), workload="tool_calling", routers=4, policies=("round_robin", "sticky", "ranked")
+    ),
     "loads at once": Scenario(same(4), tell=0.0, policies=("ranked",)),
     "loads 0.3 s old": Scenario(same(4), tell=0.3, policies=("ranked",)),
     "loads 1 s old": Scenario(same(4), tell=1.0, policies=("ranked",)),
@@ -260,7 +263,7 @@ class Service:
         if self.policy == "least_tokens":
             return min(range(count), key=lambda n: self.sites[n].outstanding())
         if self.policy == "sticky" and session is not None:
-            return int((home(session, router.fleet.names) or "i0")[1:])
+            return int((home(router.fleet, session) or "i0")[1:])
         if before:
             return (before[-1] + 1) % count
         router.turn += 1
@@ -270,9 +273,11 @@ class Service:
         request, slo = turn.request, turn.request.stages[0].slo
         assert slo is not None
         cached = None
-        if request.session is not None and request.session in router.homes:
-            number = router.homes[request.session]
-            cached = {self.sites[number].name: float(self.sites[number].cached.get(request.session, 0))}
+        if request.session is not None:
+            known = router.homes.get(request.session)
+            tokens = 0 if known is None else self.sites[known].cached.get(request.session, 0)
+            last = None if known is None else (self.sites[known].name, tokens)
+            cached = prefix(router.fleet, request.session, last, request.prompt_tokens)
         left = max(request.arrived_at + slo.ttft - now, 1e-3)
         return Ask(request.prompt_tokens, PRIOR_OUTPUT, left, slo.tpot, cached)
 
@@ -395,15 +400,15 @@ def capacity(share: Callable[[float], float], guess: float) -> float:
 
 
 def _bracket(share: Callable[[float], float], guess: float) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Two rates GALLOP apart with what attains at them: the lower one keeps TARGET, the higher one does not."""
+    """Two rates with what attains at them: the lower one keeps TARGET, the higher one does not. Steps grow."""
     here = (guess, share(guess))
     step = GALLOP if here[1] >= TARGET else 1 / GALLOP
     while True:
-        next_rate = here[0] * step
-        there = (next_rate, share(next_rate))
+        rate = here[0] * step
+        there = (rate, share(rate))
         if (there[1] >= TARGET) != (here[1] >= TARGET):
             return (here, there) if step > 1 else (there, here)
-        here = there
+        here, step = there, step * step
 
 
 def decision_micros(count: int, few: int = 0, repeats: int = 400) -> float:
@@ -449,11 +454,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of all that was found")
 
 
-def search(name: str, policy: str, seed: int, seconds: float) -> float:
-    """The capacity of one scenario under one policy."""
+def search(name: str, policy: str, seed: int, seconds: float, guess: float) -> float:
+    """The capacity of one scenario under one policy; the search begins near `guess`, if there is any."""
     scenario = SCENARIOS[name]
     scenario = replace(scenario, seconds=scenario.seconds or seconds)
-    return capacity(lambda rate: attainment(scenario, policy, rate, seed), PER_REPLICA * len(scenario.sites))
+    guess = guess or PER_REPLICA * len(scenario.sites)
+    return capacity(lambda rate: attainment(scenario, policy, rate, seed), guess)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -468,7 +474,8 @@ def run(args: argparse.Namespace) -> int:
             for policy in args.policy or SCENARIOS[name].policies:
                 seeds = runs.setdefault(name, {}).setdefault(policy, {})
                 if str(seed) not in seeds:
-                    seeds[str(seed)] = search(name, policy, seed, args.seconds)
+                    guess = max((rate for other in runs[name].values() for rate in other.values()), default=0.0)
+                    seeds[str(seed)] = search(name, policy, seed, args.seconds, guess)
                     print(f"{name}, {policy}, seed {seed}: {seeds[str(seed)]:.2f}/s", flush=True)
                 if args.json:
                     args.json.write_text(json.dumps(kept_, indent=1) + "\n", encoding="utf-8")

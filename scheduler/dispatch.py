@@ -14,6 +14,7 @@ unless another instance is much better. Equal ones take turns.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, TypeAlias
@@ -21,7 +22,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .core import Capabilities, Snapshot
+from .core import Capabilities, Ints, Snapshot
 from .jit import compiled
 from .perf import BatchShape
 
@@ -36,6 +37,7 @@ NOTICED_SECONDS: Final = 0.05  # differences of this size say nothing about an i
 FORGIVING: Final = 0.98  # of an instance's slowness, what is left at the next load
 BALANCE: Final = 0.3  # cost of having twice as many requests as the others
 WORK: Final = 5.0  # what a second of prefill costs all that come later, in seconds of this request
+PROBABLY_CACHED: Final = 0.5  # share of a session's prompt assumed cached at its home by name
 AFFINITY: Final = 0.25  # cost of making a loose instance run at a tight pace, at worst
 
 
@@ -143,6 +145,7 @@ class Fleet:
     def __init__(self, names: Sequence[str] = ()) -> None:
         self.names: tuple[str, ...] = ()
         self.index: dict[str, int] = {}
+        self.codes: Ints = np.zeros(0, np.int64)  # of the names
         self.table: Floats = np.zeros((_TOLD + 1, 0))
         self.resize(names)
 
@@ -155,6 +158,7 @@ class Fleet:
             if name in self.index:
                 table[:, column] = self.table[:, self.index[name]]
         self.names, self.table = tuple(names), table
+        self.codes = np.array([zlib.crc32(name.encode()) for name in names], np.int64)
         self.index = {name: column for column, name in enumerate(names)}
 
     def tell(self, name: str, load: Load, now: float = 0.0) -> None:
@@ -306,18 +310,32 @@ def _draw(instances: int, homes: Any, count: int, turn: int) -> Any:
     return found
 
 
-def home(session: str, names: Sequence[str]) -> str | None:
+def prefix(fleet: Fleet, session: str, known: tuple[str, int] | None, prompt_tokens: float) -> dict[str, float]:
+    """Prompt tokens that an instance has in its cache: where the session was last (`known`, with its tokens then),
+    or else probably at its home, where any other router would have sent it."""
+    if known is not None and known[0] in fleet.index:
+        return {known[0]: float(min(known[1], prompt_tokens - 1))}
+    by_name = home(fleet, session)
+    return {} if by_name is None else {by_name: PROBABLY_CACHED * prompt_tokens}
+
+
+def home(fleet: Fleet, session: str) -> str | None:
     """The instance that a session belongs to by its name alone: every router that knows the same instances agrees.
 
     Rendezvous hashing: when an instance leaves, only its own sessions move. None when there is no instance.
     """
-    return max(names, key=lambda name: _mix(session, name), default=None)
+    column = _home(fleet.codes, zlib.crc32(session.encode()))
+    return None if column < 0 else fleet.names[column]
 
 
-def _mix(session: str, name: str) -> int:
-    """FNV-1a over both names, 64 bits, with a finishing round so that the last letters count."""
-    value = 0xCBF29CE484222325
-    for byte in f"{session}\0{name}".encode():
-        value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-    value = ((value ^ (value >> 33)) * 0xFF51AFD7ED558CCD) & 0xFFFFFFFFFFFFFFFF
-    return value ^ (value >> 33)
+@compiled
+def _home(codes: Any, code: int) -> int:
+    """The column whose code mixes with this one to the highest number; -1 when there is none."""
+    best, found = -1, -1
+    for c in range(codes.size):
+        value = (codes[c] ^ code) % 2147483646 + 1
+        for _ in range(4):
+            value = (value ^ (value >> 15)) * 48271 % 2147483647
+        if value > best:
+            best, found = value, c
+    return found

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from slos_serve.scheduler.core import Capabilities, Snapshot
-from slos_serve.scheduler.dispatch import Ask, Fleet, Load, drawn, home, is_hopeless, load_of, predict, rank
+from slos_serve.scheduler.dispatch import Ask, Fleet, Load, drawn, home, is_hopeless, load_of, predict, prefix, rank
 from slos_serve.scheduler.perf import BatchShape, PerfModel, Piece
 
 IDLE = Load(step=0.005, per_token=0.0001, free_blocks=1000, num_blocks=1000)
@@ -157,10 +157,21 @@ def test_the_load_of_a_planner_follows_its_time_model() -> None:
 def test_every_router_sends_a_session_to_the_same_home() -> None:
     """By name alone, whatever the order; when an instance leaves only its own sessions move."""
     names = [f"10.0.0.{i}:8001" for i in range(8)]
-    homes = {f"session-{i}": home(f"session-{i}", names) for i in range(400)}
-    assert homes == {session: home(session, names[::-1]) for session in homes}
+    homes = {f"session-{i}": home(Fleet(names), f"session-{i}") for i in range(800)}
+    assert homes == {session: home(Fleet(names[::-1]), session) for session in homes}
     counts = [sum(1 for value in homes.values() if value == name) for name in names]
-    assert min(counts) > 20
-    left = names[:3] + names[4:]
-    assert all(home(session, left) == was for session, was in homes.items() if was != names[3])
-    assert home("anything", []) is None
+    assert 70 < min(counts) < max(counts) < 130
+    left = Fleet(names[:3] + names[4:])
+    moved = {session: home(left, session) for session, was in homes.items() if was == names[3]}
+    assert all(home(left, session) == was for session, was in homes.items() if was != names[3])
+    assert len(set(moved.values())) == 7
+    assert home(Fleet(), "anything") is None
+
+
+def test_what_is_cached_of_a_session_is_known_or_guessed() -> None:
+    """Where it was last, while that instance is there; else half of it at its home by name; nobody: nothing."""
+    fleet = fleet_of(a=IDLE, b=IDLE)
+    assert prefix(fleet, "s", ("a", 90), 60) == {"a": 59.0}
+    assert prefix(fleet, "s", ("gone", 90), 60) == {home(fleet, "s"): 30.0}
+    assert prefix(fleet, "s", None, 60) == {home(fleet, "s"): 30.0}
+    assert prefix(Fleet(), "s", None, 60) == {}

@@ -67,7 +67,7 @@ def service(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     routers: list[Server] = []
     try:
         started(instances)
-        settings = {"instances": [instance.grpc for instance in instances]}
+        settings = {"instances": [instance.grpc for instance in instances], "unseen_tokens": 440}
         for number in range(2):
             repository = write_router_repository(tmp_path_factory.mktemp(f"router-{number}"), settings)
             routers.append(Server(repository, models=MODELS, supervise=True, limits=limits))
@@ -225,6 +225,50 @@ def test_a_stop_request_ends_what_cannot_be_cancelled(whole: Service) -> None:
     (result,) = serial(run())
     assert result.finish_reason == "cancelled"
     assert result.receipt["tokens"] == len(result.token_ids) < 480
+
+
+def test_a_caller_whom_nobody_would_see_leave_gets_a_bounded_answer(whole: Service) -> None:
+    """Through the ensemble a longer answer ends at the router's bound, as one that reached its length; not directly."""
+
+    async def run() -> tuple[Result, Result]:
+        async with clients(whole) as ways:
+            fields = {"max_tokens": 460, **EASY}
+            through = await ways["ensemble"].generate("def f(x):", **fields).drain()
+            return through, await ways["router"].generate("def f(x):", **fields).drain()
+
+    ((through, directly),) = serial(run())
+    assert (len(through.token_ids), through.finish_reason) == (440, "length")
+    assert len(directly.token_ids) == 460
+    assert directly.token_ids[:440] == through.token_ids
+
+
+def test_who_hangs_up_between_two_offers_leaves_nothing_behind(whole: Service) -> None:
+    """An impossible promise is declined everywhere; callers who leave on the way free engines, ids and routers."""
+    impossible = {"ignore_eos": True, "max_tokens": 400, "slo_ttft_ms": 1e-3, "slo_tpot_ms": 1e-3}
+
+    async def leave(way: SlosClient | RoutedClient, number: int) -> None:
+        stream = way.generate(PROMPTS[number % 8], request_id=f"leaver-{number}", **impossible)
+        task = asyncio.create_task(stream.drain())
+        await asyncio.sleep(0.002 * number)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def run() -> list[Result]:
+        async with clients(whole) as ways:
+            for name in ("router", "placed", "forwarded"):
+                await asyncio.gather(*(leave(ways[name], number) for number in range(24)))
+                await asyncio.sleep(0.5)
+            again = [ways["router"].generate(PROMPTS[0], request_id=f"leaver-{n}", **impossible) for n in range(3)]
+            for stream in again:
+                async for _ in stream:
+                    break
+                await stream.aclose()
+            return [await ways["router"].generate(PROMPTS[0], **{**impossible, "max_tokens": 3}).drain()]
+
+    (((result,),),) = [serial(run())]
+    assert len(result.token_ids) == 3
+    assert not result.receipt["admitted"]
+    until(lambda: all(metric(instance, "slos_serve_requests") == 0 for instance in whole.instances))
 
 
 def ledger_of(service: Service, disturb: Callable[[], None], *, count: int = 16) -> tuple[list[Result], list[Result]]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from slos_serve.backend.replicas import write_router_repository
+from slos_serve.backend.router_call import bounded
 from slos_serve.backend.router_config import RouterConfig, parse_addresses, read_router_config
 from slos_serve.backend.router_fleet import Instances, Member
 from slos_serve.backend.router_link import Link
@@ -31,6 +32,9 @@ ROOT = Path(__file__).parents[1]
         ({"instances": ["a:1"], "silent_s": -1}, "silent_s"),
         ({"instances": ["a:1"], "wait_s": "long"}, "wait_s"),
         ({"instances": ["a:1"], "max_hops": 0}, "max_hops"),
+        ({"instances": ["a:1"], "unseen_tokens": 0}, "unseen_tokens"),
+        ({"instances": ["a:1"], "unseen_s": float("nan")}, "unseen_s"),
+        ({"instances": ["a:1"], "max_ranked": 0.5}, "max_ranked"),
         ({"instances": ["a:1"], "hops": 3}, "unknown key 'hops'"),
         ({"dns": "name-without-port"}, "HOST:PORT"),
     ],
@@ -52,12 +56,20 @@ def test_the_shipped_router_is_the_one_that_the_launcher_writes(tmp_path: Path) 
     assert read_router_config(shipped / "slos_router/1").instances
 
 
+def test_what_nobody_may_read_is_bounded_and_a_callers_own_bounds_stay() -> None:
+    """Longer answers are cut and a timeout is set; shorter ones, and a timeout of their own, stay as they are."""
+    inf = float("inf")
+    assert bounded({"max_tokens": 900}, inf, 100, 60.0) == ({"max_tokens": 100}, 60.0)
+    assert bounded({"max_tokens": 9}, 5000.0, 100, 60.0) == ({"max_tokens": 9}, 5000.0)
+    assert bounded({}, inf, 100, 60.0) == ({}, 60.0)
+
+
 def test_a_file_of_instances_is_followed(tmp_path: Path) -> None:
     """New lines join, lost lines leave; a broken or missing file changes nothing."""
     told: list[tuple[str, ...]] = []
     file = tmp_path / "instances.txt"
     members = Members(RouterConfig(instances=("a:1",), instances_file="instances.txt"), tmp_path, told.append)
-    texts = ("b:2 # the second\n\nc:3\n", "b:2\nb:2\n", "nonsense\n", "c:3\n")
+    texts = ("b:2 # the second\n\nc:3\na:1 # in the settings, too\n", "b:2\nb:2\n", "nonsense\n", "c:3\n")
 
     async def run() -> None:
         await members.look()
@@ -121,7 +133,14 @@ def test_only_instances_that_can_take_a_request_get_one() -> None:
 
 @pytest.mark.parametrize(
     "absurd",
-    [{"load": {"step": -1}}, {"engine_age": float("nan")}, {"engine_age": -3}, {"load": {"requests": "x"}}],
+    [
+        {"load": {"step": -1}},
+        {"load": {"step": float("nan")}},
+        {"load": {"per_token": None}},
+        {"load": {"requests": "x"}},
+        {"engine_age": float("nan")},
+        {"engine_age": -3},
+    ],
 )
 def test_an_absurd_state_is_refused(absurd: dict[str, Any]) -> None:
     """The watch of that instance ends with what was wrong; no ranking ever sees it."""
