@@ -198,7 +198,7 @@ class RoutedClient:
         found: Mapping[str, Any] | None = None
         inputs = request.inputs(control="place")
         async for message, _ in router.responses(inputs, request.attempt_id, request.left, Running()):
-            found = _control(message)
+            found = control_output(message)
         if found is None or "address" not in found or "ticket" not in found:
             raise Lost(f"control_output: expected an address and a ticket, got {found}")
         return found
@@ -232,13 +232,13 @@ class RoutedClient:
         inputs = input_tensors({"control": "watch"})
         try:
             async for message, _ in router.responses(inputs, "", PAUSE_SECONDS * 5, Running()):
-                return set(_control(message).get("usable", ())) or None
+                return set(control_output(message).get("usable", ())) or None
         except StreamError:
             self._router = next(self._turn)
         return None
 
 
-def _control(message: Any) -> Mapping[str, Any]:
+def control_output(message: Any) -> Mapping[str, Any]:
     """The JSON of a response to a control request."""
     for output, raw in zip(message.outputs, message.raw_output_contents, strict=True):
         if output.name == "control_output":

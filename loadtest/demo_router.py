@@ -1,6 +1,6 @@
 """`slos-serve demo-router`: three instances and a router, bursts of mixed traffic, one instance killed and restarted.
 
-Locust plays (`locustfile`). Once traffic has run for a while one instance is killed with SIGKILL; its supervisor
+Locust plays (`locustfile`). After a while of traffic the busiest instance is killed with SIGKILL; its supervisor
 restarts it, the routers notice both, and the requests it had go on elsewhere. Prints attainment per class before,
 during and after, and exits with 1 when a request was lost, answered twice, failed or left hanging.
 """
@@ -25,15 +25,18 @@ from typing import Any, Final
 
 import numpy as np
 
-from slos_serve.client.client import SlosClient
-from slos_serve.client.routed import RoutedClient
+from slos_serve.client.client import Running, SlosClient, input_tensors
+from slos_serve.client.routed import RoutedClient, control_output
 
 from .demo import ServerFailed, concluded, measured_rate, stop, tail
 
 LOCUSTFILE: Final = Path(__file__).with_name("locustfile.py")
-LEAST_RATE: Final = 1.5  # arrivals per second, or nobody would be there to lose a server
+LOAD: Final = 0.3  # of the measured token rate: an instance fewer, and another one starting, on the same cores
+LEAST_RATE: Final = 1.0  # arrivals per second, or nobody would be there to lose a server
 READY_SECONDS: Final = 600.0
 GRACE_SECONDS: Final = 90.0
+ENOUGH: Final = 3.0  # requests that an instance must have to be worth a kill
+BUSY_SECONDS: Final = 20.0  # how long one that has them is waited for
 PHASES: Final = ("before", "during", "after")
 FAIR: Final = frozenset({"done", "refused", "cancelled"})
 LEGEND: Final = """
@@ -89,6 +92,25 @@ async def usable(router: str) -> set[str]:
     """The instances that a router sends requests to."""
     async with RoutedClient([router]) as client:
         return await client.usable() or set()
+
+
+async def requests_at(address: str) -> float:
+    """How many requests an instance has, as it tells a router."""
+    async with SlosClient(address) as client:
+        async for message, _ in client.responses(input_tensors({"control": "watch"}), "", READY_SECONDS, Running()):
+            return float(control_output(message)["load"]["requests"])
+    return 0.0
+
+
+async def busiest(addresses: Addresses, most: float = ENOUGH, patience: float = BUSY_SECONDS) -> tuple[str, float]:
+    """The instance with the most requests, once it has `most` of them or `patience` seconds are over."""
+    until = time.monotonic() + patience
+    while True:
+        counts = {each: await requests_at(each) for each in addresses.instances}
+        found = max(counts, key=lambda each: counts[each])
+        if counts[found] >= most or time.monotonic() >= until:
+            return found, counts[found]
+        await asyncio.sleep(0.05)
 
 
 def server_of(address: str) -> int:
@@ -156,17 +178,17 @@ async def _locust(addresses: Addresses, rate: float, folder: Path) -> asyncio.su
 
 async def demonstrate(args: argparse.Namespace, addresses: Addresses, folder: Path) -> int:
     """Play, kill, wait until it is back, play on, report; the exit code."""
-    victim = addresses.instances[0]
     async with SlosClient(addresses.router, "slos_router") as client:
         rng = np.random.default_rng(0)
-        rate = args.rate or max(LEAST_RATE, (await measured_rate([("grpc", client, 1.0)], rng))[0])
+        rate = args.rate or max(LEAST_RATE, (await measured_rate([("grpc", client, 1.0)], rng, LOAD))[0])
     print(f"{rate:.2f} arrivals/s in bursts of five times that, placed by the router, a fifth through HTTP", flush=True)
     locust = await _locust(addresses, rate, folder)
     try:
         await asyncio.sleep(args.seconds)
+        victim, requests = await busiest(addresses)
         gone_at = time.time()
         kill(victim)
-        print(f"killed the instance at {victim} with its model process", flush=True)
+        print(f"killed the instance at {victim} with its model process and {requests:.0f} requests", flush=True)
         while victim in await usable(addresses.router):
             await asyncio.sleep(0.05)
         print(f"the router stopped using it within {time.time() - gone_at:.2f} s", flush=True)

@@ -14,7 +14,8 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,71 @@ def test_a_killed_instance_loses_nothing_and_comes_back(whole: Service, name: st
     assert any(result.receipt["resumed_tokens"] for result in found)
     until(lambda: victim.num_starts > starts)
     asyncio.run(until_usable(whole.addresses, {instance.grpc for instance in whole.instances}))
+
+
+class Cable:
+    """Carries bytes between a port of its own and `target`, until it is cut; it can be mended."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        self._port = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._port.getsockname()[1]}"
+        self._ends: list[socket.socket] = []
+        self._carries = threading.Event()
+        self._carries.set()
+        threading.Thread(target=self._accept, args=(self._port,), daemon=True).start()
+
+    def refuse(self) -> None:
+        """Every connection breaks, and there are no new ones."""
+        self._port.shutdown(socket.SHUT_RDWR)
+        self._port.close()
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def silence(self) -> None:
+        """Every connection stays, and nothing passes."""
+        self._carries.clear()
+
+    def mend(self) -> None:
+        """As before; what was held back passes now."""
+        self._carries.set()
+        if self._port.fileno() < 0:
+            self._port = socket.create_server(("127.0.0.1", int(self.address.rpartition(":")[2])))
+            threading.Thread(target=self._accept, args=(self._port,), daemon=True).start()
+
+    def _accept(self, port: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near = port.accept()[0]
+                far = socket.create_connection(self._target)
+                self._ends += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                self._carries.wait()
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+def test_a_cut_network_loses_nothing_whether_it_refuses_or_falls_silent(whole: Service, tmp_path: Path) -> None:
+    """Instances that are well but out of reach are as good as dead; what they said meanwhile is never heard."""
+    cables = [Cable(instance.grpc) for instance in whole.instances]
+    addresses = {cable.address for cable in cables}
+    repository = write_router_repository(tmp_path / "repository", {"instances": sorted(addresses)})
+    with Server(repository, models=MODELS) as router:
+        behind = Service(whole.instances, [router])
+        for cable, cut in zip(cables, (Cable.refuse, Cable.silence), strict=True):
+            asyncio.run(until_usable([router.grpc], addresses))
+            found, want = ledger_of(behind, partial(cut, cable))
+            assert same(found, want)
+            assert any(result.receipt["resumed_tokens"] for result in found)
+            cable.mend()
+        asyncio.run(until_usable([router.grpc], addresses))
 
 
 @contextmanager
