@@ -110,7 +110,7 @@ class Call:
             own |= {name: self.values.get(name) for name in ("stream", "return_token_ids", "coalesce_ms")}
             own["control"] = "offer"
         else:
-            own["coalesce_ms"] = coalesce_ms if self.is_streaming else STREAM_HOLD_MS
+            own["coalesce_ms"] = coalesce_ms if self.is_streaming else max(coalesce_ms, STREAM_HOLD_MS)
         if self.ids:
             own["resume_ids"] = self.ids
             own["resume_times_ms"] = [(at - self.arrived_at) * 1000 for at in self.times]

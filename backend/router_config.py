@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
-_SECONDS: Final = ("refresh_s", "silent_s", "stalled_s", "wait_s", "coalesce_ms", "unseen_s")
+_SECONDS: Final = ("refresh_s", "silent_s", "stalled_s", "wait_s", "coalesce_ms", "max_responses_s", "unseen_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,9 @@ class RouterConfig:
     max_losses: int = 4
     # Tokens that are early are held so long to be forwarded together: more costs less, and the text comes in pieces.
     coalesce_ms: float = 100.0
+    # Responses that this router passes on in a second, about: with more streams they are held longer, as far as their
+    # due times allow. More keeps the text smoother and takes more of the machine.
+    max_responses_s: float = 400.0
     # Nobody can see the caller of an ensemble leave: what may be computed for one who has left is at most so many
     # tokens, and, where the request has no timeout of its own, what so many seconds allow.
     unseen_tokens: int = 8192
@@ -61,6 +64,8 @@ class RouterConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}: must be a number of at least 0, got {value!r}")
+        if not self.max_responses_s > 0:
+            raise ValueError(f"max_responses_s: must be above 0, got {self.max_responses_s!r}")
         for name in ("max_hops", "max_ranked", "max_losses", "unseen_tokens", "max_requests"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

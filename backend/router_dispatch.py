@@ -55,9 +55,11 @@ class Dispatcher:
         self._instances = instances
         self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
         self._chars_per_token = 3.0
+        self._serving = 0
 
     async def serve(self, call: Call) -> None:
         """Answer a call, whatever happens."""
+        self._serving += 1
         try:
             await self._serve(call)
         except Refusal as refusal:
@@ -67,6 +69,13 @@ class Dispatcher:
         except Exception as error:
             log.exception("request %s", call.id)
             call.fail(Refusal("INTERNAL", f"router: {type(error).__name__}: {error}"))
+        finally:
+            self._serving -= 1
+
+    @property
+    def coalesce_ms(self) -> float:
+        """How long a stream's early tokens are held: what a response costs, many streams share."""
+        return max(self._config.coalesce_ms, 1000.0 * self._serving / self._config.max_responses_s)
 
     async def stop(self, request_id: str) -> None:
         """Tell every instance to stop a request: another router may have sent it there."""
@@ -151,7 +160,7 @@ class Dispatcher:
     async def _attempt(self, call: Call, member: Member, ask: Ask, may_decline: bool) -> None:
         """Serve the call there. Raises _Declined, _Lost, or the Refusal of the instance."""
         now = time.monotonic()
-        tensors = call.tensors(may_decline=may_decline, coalesce_ms=self._config.coalesce_ms, now=now)
+        tensors = call.tensors(may_decline=may_decline, coalesce_ms=self.coalesce_ms, now=now)
         left = call.deadline - now
         timeout_us = max(1, int(left * 1e6)) if math.isfinite(left) else 0
         predicted = self._instances.predicted(member, ask)

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
         ({"instances": ["a:1"], "max_hops": 0}, "max_hops"),
         ({"instances": ["a:1"], "unseen_tokens": 0}, "unseen_tokens"),
         ({"instances": ["a:1"], "unseen_s": float("nan")}, "unseen_s"),
+        ({"instances": ["a:1"], "max_responses_s": 0}, "max_responses_s"),
         ({"instances": ["a:1"], "max_ranked": 0.5}, "max_ranked"),
         ({"instances": ["a:1"], "hops": 3}, "unknown key 'hops'"),
         ({"dns": "name-without-port"}, "HOST:PORT"),
