@@ -273,12 +273,17 @@ def test_who_hangs_up_between_two_offers_leaves_nothing_behind(whole: Service) -
 
 
 def ledger_of(service: Service, disturb: Callable[[], None], *, count: int = 16) -> tuple[list[Result], list[Result]]:
-    """The answers of `count` streams, half placed and half forwarded, which `disturb` interrupts; and without."""
+    """The answers of `count` streams, which `disturb` interrupts; and without.
+
+    Half are placed and half forwarded; of each, half are sampled with a seed and half greedy.
+    """
 
     async def answers(ways: Sequence[RoutedClient], begun: asyncio.Event | None) -> list[Result]:
         async def one(number: int) -> Result:
             way = ways[number % 2]
-            stream = way.generate(PROMPTS[number % 8], max_tokens=200, request_id=f"{time.time()}-{number}", **EASY)
+            sampled = {"temperature": 1.0, "seed": number} if number % 4 > 1 else {}
+            name = f"{time.time()}-{number}"
+            stream = way.generate(PROMPTS[number % 8], max_tokens=200, request_id=name, **EASY, **sampled)
             async for delta in stream:
                 if begun is not None and delta.token_index > 20:
                     begun.set()
@@ -427,6 +432,17 @@ def test_nobody_left_is_told_in_time_and_newcomers_are_used(whole: Service, tmp_
                 async with SlosClient(lonely.grpc, ROUTER) as client:
                     return await client.generate("def f(", max_tokens=5, **fields).drain()
 
+            async def leave_while_it_streams() -> None:
+                """An instance that is taken off the list finishes what it has."""
+                async with SlosClient(lonely.grpc, ROUTER) as client:
+                    stream = client.generate("def f(", max_tokens=450, **EASY)
+                    async for _ in stream:
+                        break
+                    more.write_text("")
+                    await until_usable([lonely.grpc], set())
+                    result = await stream.drain()
+                    assert (len(result.token_ids), result.receipt["losses"]) == (450, [])
+
             begun = time.monotonic()
             with pytest.raises(Refused, match="UNAVAILABLE: no instance for 1 s") as caught:
                 asyncio.run(ask())
@@ -436,7 +452,6 @@ def test_nobody_left_is_told_in_time_and_newcomers_are_used(whole: Service, tmp_
             asyncio.run(until_usable([lonely.grpc], {whole.instances[0].grpc}))
             assert len(asyncio.run(ask()).token_ids) == 5
             assert len(asyncio.run(ask(session_id="of a router that forgot it")).token_ids) == 5
-            more.write_text("")
-            asyncio.run(until_usable([lonely.grpc], set()))
+            asyncio.run(leave_while_it_streams())
             with pytest.raises(StreamError):
                 asyncio.run(ask())
