@@ -1,7 +1,8 @@
 """The ensemble that plain callers address: every tensor of the wire format, mapped one to one onto the router.
 
 Triton passes a request through an ensemble with its id, parameters and timeout, streams what comes back, and
-never tells the step that the caller has gone: such a request ends by its timeout, its length, or a stop request.
+never tells the step that the caller has gone: such a request ends by its timeout, its length, a stop request, or the
+router's own bounds (`unseen_tokens`, `unseen_s`).
 """
 
 from __future__ import annotations

@@ -288,7 +288,7 @@ class Service:
             self.tell_once(router, now)
         ask = self.ask(router, turn, now)
         router.turn += 1
-        among = drawn(router.fleet, ask, FEW, router.turn) if self.policy == "few" else None
+        among = drawn(router.fleet, ask, FEW, router.turn) if self.policy == "few" and not before else None
         order = [n for n in rank(router.fleet, ask, now, router.turn, among).tolist() if n not in before]
         is_refused = not order or len(before) >= MAX_HOPS
         if self.policy == "held" and (is_refused or is_hopeless(router.fleet, ask, now)) and self.may_hold(turn, ask):
