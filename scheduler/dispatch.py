@@ -228,7 +228,7 @@ def is_hopeless(fleet: Fleet, ask: Ask, now: float = 0.0) -> bool:
 
 def _weighed(fleet: Fleet, ask: Ask, now: float, among: Order | None) -> tuple[Floats, Floats, Order]:
     """Expected seconds and cost at each of these columns, and the columns."""
-    columns: Order = np.arange(len(fleet.names)) if among is None else among
+    columns = np.arange(len(fleet.names), dtype=np.int64) if among is None else among
     tokens = np.full(len(fleet.names), float(ask.prompt_tokens))
     for name, cached in (ask.cached or {}).items():
         if name in fleet.index:
