@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any, Final
 
@@ -93,9 +93,10 @@ class Dispatcher:
     async def _serve(self, call: Call) -> None:
         declined: set[str] = set()
         full: dict[str, Refusal] = {}
+        lost: set[str] = set()
         waiting_since: float | None = None
         while True:
-            choice = self._choose(call, declined, full)
+            choice = self._choose(call, declined, full.keys(), lost)
             if choice is None:
                 if full:  # those that are well are full
                     raise min(full.values(), key=_retry_after)
@@ -116,6 +117,7 @@ class Dispatcher:
                 full[member.address] = refusal
             except _Lost as error:
                 self._forget(call, member, str(error))
+                lost.add(member.address)
 
     def _forget(self, call: Call, member: Member, cause: str) -> None:
         """Another instance must take over. Raises Refusal when too many have failed under this request."""
@@ -135,17 +137,23 @@ class Dispatcher:
             raise Refusal("UNAVAILABLE", f"no instance for {self._config.wait_s:g} s: {self._instances.describe()}")
         await asyncio.sleep(POLL_SECONDS)
 
-    def _choose(self, call: Call, declined: set[str], full: Mapping[str, Refusal]) -> tuple[Member, Ask, bool] | None:
+    def _choose(
+        self, call: Call, declined: Set[str], full: Set[str], lost: Set[str]
+    ) -> tuple[Member, Ask, bool] | None:
         """Where the request goes now, and whether it may be declined there; None where there is nobody."""
         ask = self._ask(call)
-        best = self._instances.best(ask, declined | full.keys())
+        best = self._best(ask, declined | full, lost)
         # Somebody reads what was resumed: no time to ask around.
         may_hop = math.isfinite(ask.ttft) and len(declined) < self._config.max_hops and not call.ids
         if best is not None and (may_hop or not declined):
             return best, ask, may_hop and len(self._instances.usable) > 1
         # Nobody promises it: as best effort it goes where the fewest promises are in its way.
-        best = self._instances.best(replace(ask, ttft=math.inf, tpot=math.inf), full.keys())
+        best = self._best(replace(ask, ttft=math.inf, tpot=math.inf), full, lost)
         return None if best is None else (best, ask, False)
+
+    def _best(self, ask: Ask, without: Set[str], lost: Set[str]) -> Member | None:
+        """One that has failed under this request gets it again only where nobody else is left."""
+        return self._instances.best(ask, without | lost) or self._instances.best(ask, without)
 
     def _ask(self, call: Call) -> Ask:
         usable = self._instances.usable

@@ -108,9 +108,10 @@ class Instances:
         self._turn += 1
         few = self._config.max_ranked
         among = drawn(self.fleet, ask, few, self._turn) if few < len(self.usable) and not without else None
-        for column in rank(self.fleet, ask, time.monotonic(), self._turn, among).tolist():
-            if self.usable[column].address not in without:
-                return self.usable[column]
+        for column in rank(self.fleet, ask, time.monotonic(), self._turn, among):
+            member = self.usable[int(column)]
+            if member.address not in without:
+                return member
         return None
 
     @property
