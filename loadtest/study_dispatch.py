@@ -221,13 +221,13 @@ class Service:
         """Until every session has ended, or `until`."""
         for turn in firsts:
             self.at(turn.request.arrived_at, lambda now, turn=turn: self.arrive(turn, now))  # type: ignore[misc]
-        if self.tell_every > 0:
-            for number, router in enumerate(self.routers):
-                self.tell(router, number * self.tell_every / len(self.routers))
+        ticking = len(self.routers) if self.tell_every > 0 and self.policy in RANKED else 0
+        for number, router in enumerate(self.routers[:ticking]):
+            self.tell(router, number * self.tell_every / ticking)
         while self._events and self._events[0][0] <= until:
             now, _, act = heapq.heappop(self._events)
             act(now)
-            if not any(site.live for site in self.sites) and len(self._events) <= len(self.routers):
+            if not any(site.live for site in self.sites) and len(self._events) <= ticking:
                 break
         return self.outcomes
 
