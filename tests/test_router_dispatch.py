@@ -27,7 +27,7 @@ Outputs = AsyncIterator[dict[str, Any]]
 
 def last(index: int, reason: str = "length", **receipt: Any) -> dict[str, Any]:
     outputs = {"text_output": "", "token_index": index, "finish_reason": reason}
-    return {**outputs, "receipt": json.dumps({"prompt_tokens": 10, **receipt})}
+    return {**outputs, "receipt": json.dumps({"prompt_tokens": 130, **receipt})}
 
 
 async def three_tokens(values: Values) -> Outputs:
@@ -146,7 +146,7 @@ def test_a_session_goes_back_to_where_it_was_while_that_is_there(place: bool) ->
         async with routed(*instances) as router:
 
             async def where(session: str) -> str:
-                caller = await router.answer(place=place, session_id=session, text_input="x" * 6000, **PROMISE)
+                caller = await router.answer(place=place, session_id=session, input_ids=[1] * 2000, **PROMISE)
                 if not place:
                     return str(caller.receipt["instance"])
                 return str(json.loads(caller.responses[-1]["control_output"][0])["instance"])
