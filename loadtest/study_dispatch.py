@@ -396,7 +396,7 @@ def capacity(share: Callable[[float], float], guess: float) -> float:
         found = (rate, share(rate))
         low, high = (found, high) if found[1] >= TARGET else (low, found)
     part = (low[1] - TARGET) / max(low[1] - high[1], 1e-9)
-    return low[0] * (high[0] / low[0]) ** part
+    return float(low[0] * (high[0] / low[0]) ** part)
 
 
 def _bracket(share: Callable[[float], float], guess: float) -> tuple[tuple[float, float], tuple[float, float]]:
