@@ -34,7 +34,7 @@ async def three_tokens(values: Values) -> Outputs:
     """The tokens 0, 1, 2, from where another instance stopped."""
     for index in range(len(values.get("resume_ids", ())), 3):
         yield {"text_output": f"{index}", "token_index": index + 1, "output_ids": [index]}
-    yield last(3)
+    yield last(3, prompt_tokens=len(values.get("input_ids", ())) or 130)
 
 
 async def decline(values: Values) -> Outputs:
