@@ -168,6 +168,8 @@ class Scene:
         """
         gpus = self._gpus(parameters)
         firsts, seconds, dropped = self.firsts(rate * gpus / self.cell.replicas, share)
+        if not firsts and not dropped:  # so low a rate that nobody comes tells nothing
+            return Score(rate, 0, seconds, 0, dict.fromkeys(RULES, 0.0), complete=False)
         return score(firsts, self.play(parameters, firsts, target), rate=rate, seconds=seconds, dropped=dropped)
 
     def play(self, parameters: Parameters, firsts: Sequence[Turn], target: float = 0.0) -> Played:

@@ -408,7 +408,7 @@ def _bracket(share: Callable[[float], float], guess: float) -> tuple[tuple[float
         there = (rate, share(rate))
         if (there[1] >= TARGET) != (here[1] >= TARGET):
             return (here, there) if step > 1 else (there, here)
-        here, step = there, step * step
+        here, step = there, min(max(step * step, 0.5), 2.0)
 
 
 def decision_micros(count: int, few: int = 0, repeats: int = 400) -> float:
