@@ -14,12 +14,14 @@ from pathlib import Path
 
 
 def write_model(folder: Path, hidden: int = 512, layers: int = 8, heads: int = 8, vocab: int = 1024) -> None:
-    """Weights in bfloat16 and a tokenizer; the same numbers give the same weights. Raises ValueError for a bad shape."""
+    """Weights in bfloat16 and a tokenizer, always the same for the same shape. Raises ValueError for a bad one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if hidden % (2 * heads) or vocab < 512:
-        raise ValueError(f"hidden must be a multiple of 2 * heads and vocab at least 512, got {hidden}, {heads}, {vocab}")
+        raise ValueError(
+            f"hidden must be a multiple of 2 * heads and vocab at least 512, got {hidden}, {heads}, {vocab}"
+        )
     _write_tokenizer(folder, vocab)
     torch.manual_seed(0)
     config = LlamaConfig(
