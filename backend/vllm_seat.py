@@ -109,11 +109,14 @@ class Seat:
         return Orders({chunk.request_id: chunk.length for chunk in plan.chunks}, plan.evicted)
 
     def report(self) -> None:
-        """Tell the planner what became of the last orders; nothing where none are open."""
+        """Tell the planner what became of the last orders. With nobody left there is time to fit."""
         flight, self._flight = self._flight, None
-        if flight is None:
-            return
-        now = self._clock()
+        if flight is not None:
+            self._learn(flight, self._clock())
+        if not self._told:
+            self._fit()
+
+    def _learn(self, flight: _Flight, now: float) -> None:
         advances = [self._advance(name, request) for name, request in flight.requests.items() if name in self._told]
         self._planner.report(StepReport(flight.started_at, now, tuple(advances)))
         for advance in advances:
@@ -121,8 +124,6 @@ class Seat:
                 del self._told[advance.request_id]
         if flight.requests:
             self.samples.append(Sample(flight.shape, now - flight.started_at))
-        if not self._told:
-            self._fit()
 
     def cancel(self, name: RequestId) -> None:
         """Forget a request that was aborted; unknown ids are ignored."""

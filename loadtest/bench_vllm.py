@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import string
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -169,31 +171,31 @@ async def warm_up(caller: Caller, seconds: float) -> None:
 
 @dataclass(slots=True)
 class Busy:
-    """CPU seconds of everybody else, by `/proc`: neither of this process group nor of `group`."""
+    """CPU seconds of everybody else, by `/proc`: not of this process and its descendants, which the servers are."""
 
-    group: int
-    at: float = field(init=False)
-    seconds: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.at, self.seconds = asyncio.get_running_loop().time(), self._foreign()
+    at: float = field(default_factory=time.monotonic)
+    seconds: float = field(default_factory=lambda: _foreign_seconds())
 
     def cores(self) -> float:
         """Cores that others used on average since the start."""
-        return (self._foreign() - self.seconds) / (asyncio.get_running_loop().time() - self.at)
+        return (_foreign_seconds() - self.seconds) / (time.monotonic() - self.at)
 
-    def _foreign(self) -> float:
-        ticks = os.sysconf("SC_CLK_TCK")
-        total = [int(each) for each in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        ours = 0
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = path.read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue  # it has ended
-            if int(fields[2]) in (self.group, os.getpgrp()):
-                ours += int(fields[11]) + int(fields[12])
-        return (sum(total) - total[3] - total[4] - ours) / ticks
+
+def _foreign_seconds() -> float:
+    children: dict[int, list[int]] = {}
+    used: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = path.read_text().rsplit(")", 1)[1].split()
+            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+            used[int(path.parent.name)] = int(fields[11]) + int(fields[12])
+    ours, todo = 0, [os.getpid()]
+    while todo:
+        process = todo.pop()
+        ours += used.get(process, 0)
+        todo += children.get(process, [])
+    total = [int(each) for each in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return (sum(total) - total[3] - total[4] - ours) / os.sysconf("SC_CLK_TCK")
 
 
 async def play_load(load: Sequence[Arrival], caller: Caller, name: str, grace: float) -> Ledger:
@@ -253,7 +255,7 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
 # The contenders
 
 
-Contender = Callable[[], Any]  # an asynchronous context that gives (caller, process group)
+Contender: TypeAlias = Callable[[], AbstractAsyncContextManager[Caller]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +267,7 @@ class Setting:
     scratch: Path
 
     @asynccontextmanager
-    async def vllm(self, budget: int, ours: bool = False, priority: bool = False) -> AsyncIterator[tuple[Caller, int]]:
+    async def vllm(self, budget: int, ours: bool = False, priority: bool = False) -> AsyncIterator[Caller]:
         """vLLM's server with its own scheduler or ours."""
         options = [f"--max-num-batched-tokens={budget}", f"--max-num-seqs={self.args.max_requests}"]
         options += ["--scheduling-policy=priority"] if priority else []
@@ -274,13 +276,13 @@ class Setting:
         profile = {"SLOS_SERVE_PROFILE": str(self.scratch / "profile.json")} if ours else {}
         name = f"vllm-{budget}{'-ours' * ours}{'-priority' * priority}.log"
         async with (
-            peer(self.args.vllm_python, self.model, options, self.scratch / name, self.args.port, **profile) as served,
-            VllmClient(served.address, ranks) as client,
+            peer(self.args.vllm_python, self.model, options, self.scratch / name, self.args.port, **profile) as address,
+            VllmClient(address, ranks) as client,
         ):
-            yield client, served.group
+            yield client
 
     @asynccontextmanager
-    async def stack(self) -> AsyncIterator[tuple[Caller, int]]:
+    async def stack(self) -> AsyncIterator[Caller]:
         """Triton with our engine on the same weights, without guesses: random weights are easy to guess."""
         version = self.scratch / "models" / "slos_llm" / "1"
         version.mkdir(parents=True, exist_ok=True)
@@ -297,8 +299,7 @@ class Setting:
         }
         (version / "engine.json").write_text(json.dumps(settings))
         async with demo.server(self.scratch / "models") as served, SlosClient(served.grpc) as client:
-            assert served.process is not None
-            yield client, served.process.pid
+            yield client
 
 
 @dataclass(slots=True)
@@ -314,7 +315,7 @@ class Bench:
         """The token budget with which vLLM's own scheduler keeps most promises at capacity."""
         args = self.setting.args
         for budget in args.budgets:
-            async with self.setting.vllm(budget) as (caller, group):
+            async with self.setting.vllm(budget) as caller:
                 if self.machine is None:
                     self.machine = await measure(caller, args.probe_seconds)
                     shown = " ".join(f"{1000 * each:.0f}" for each in self.machine.prefill)
@@ -325,7 +326,7 @@ class Bench:
                     await asyncio.sleep(PAUSE_SECONDS)
                 if len(args.budgets) > 1:
                     load = loads(self.machine.capacity, (1.0,), args.tune_seconds, args.seed + 1)["1x"]
-                    found = await self._play(load, caller, group, f"tune-{budget}", args.tune_seconds)
+                    found = await self._play(load, caller, f"tune-{budget}", args.tune_seconds)
                     self.tuning[budget] = found["goodput"]
                     print(f"budget {budget}: {_line(found)}", flush=True)
         return max(self.tuning, key=self.tuning.__getitem__) if self.tuning else int(args.budgets[0])
@@ -334,18 +335,16 @@ class Bench:
         """All loads on one contender."""
         args = self.setting.args
         assert self.machine is not None
-        async with contender() as (caller, group):
+        async with contender() as caller:
             await warm_up(caller, args.warm_seconds)
             for load, each in loads(self.machine.capacity, args.loads, args.seconds, args.seed).items():
-                found = await self._play(each, caller, group, f"{name}-{load}".replace(" ", "-"), args.seconds)
+                found = await self._play(each, caller, f"{name}-{load}".replace(" ", "-"), args.seconds)
                 self.results.setdefault(name, {})[load] = found
                 print(f"{name} {load}: {_line(found)}", flush=True)
 
-    async def _play(
-        self, load: Sequence[Arrival], caller: Caller, group: int, name: str, seconds: float
-    ) -> dict[str, Any]:
+    async def _play(self, load: Sequence[Arrival], caller: Caller, name: str, seconds: float) -> dict[str, Any]:
         assert self.machine is not None
-        busy = Busy(group)
+        busy = Busy()
         asking = Asking(caller, self.machine, self.setting.args.early_ms / 1000)
         ledger = await play_load(load, asking, name, self.setting.args.grace)
         found = {**summary(ledger, self.machine, seconds), "foreign_cores": round(busy.cores(), 2)}
@@ -417,9 +416,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face folder (default: random, 27 M)")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the servers' logs here")
     parser.add_argument("--port", type=int, default=0, help="of vLLM's server (default: a free one)")
-    parser.add_argument("--budgets", type=int, nargs="+", default=(256, 512, 1024), help="token budgets vLLM may have")
+    parser.add_argument("--budgets", type=int, nargs="+", default=(256, 512), help="token budgets vLLM may have")
     text = "most tokens of a batch that our planner composes (default: %(default)s)"
-    parser.add_argument("--planner-budget", type=int, default=1024, help=text)
+    parser.add_argument("--planner-budget", type=int, default=512, help=text)
     parser.add_argument("--max-requests", type=int, default=64, help="most requests of a batch (default: %(default)s)")
     parser.add_argument("--engine-threads", type=int, default=0, help="of our engine (default: its own default)")
     parser.add_argument("--loads", type=float, nargs="+", default=(0.7, 1.0, 1.5), help="shares of the capacity")

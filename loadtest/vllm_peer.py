@@ -15,7 +15,6 @@ import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,21 +65,14 @@ def _environment(python: Path, **more: str) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """A server that answers. `group` is the id of its processes."""
-
-    address: str
-    group: int
-
-
 @asynccontextmanager
 async def peer(
     python: Path, model: Path, options: Sequence[str], log: Path, port: int = 0, **environment: str
-) -> AsyncIterator[Peer]:
-    """Start vLLM on `model`, wait until it answers, and end all of its processes. `port` 0 takes a free one.
+) -> AsyncIterator[str]:
+    """Start vLLM on `model`, wait until it answers at the address given, and end all of its processes.
 
-    Raises ServerFailed for a port in use, and with the end of the log where it does not become ready.
+    `port` 0 takes a free one. Raises ServerFailed for a port in use, and with the end of the log where the server
+    does not become ready.
     """
     address = f"127.0.0.1:{_port(port)}"
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
@@ -94,7 +86,7 @@ async def peer(
         )  # fmt: skip
     try:
         await _ready(process, address, log)
-        yield Peer(address, process.pid)
+        yield address
     finally:
         await _stop(process)
 

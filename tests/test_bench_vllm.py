@@ -168,6 +168,37 @@ def test_a_server_that_dies_and_a_port_in_use_are_told(tmp_path: Path) -> None:
             asyncio.run(run(taken.getsockname()[1]))
 
 
+def test_the_whole_command_on_a_stand_in(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Tunes, plays every load on every scheduler, writes table and JSON, and leaves no process behind."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "standin" / "vllm_python.py"} "$@"\n')
+    python.chmod(0o755)
+    found, logs = tmp_path / "found.json", tmp_path / "logs"
+    command = ["bench-vllm", f"--vllm-python={python}", f"--json={found}", f"--logs={logs}", "--loads", "0.3"]
+    command += ["--budgets", "256", "512", "--seconds=2", "--tune-seconds=1", "--probe-seconds=1", "--warm-seconds=1"]
+    assert main([*command, "--grace=2"]) == 0
+    data = json.loads(found.read_text())
+    assert set(data["tuning"]) == {"256", "512"}
+    names = list(data["results"])
+    assert names[1:] == ["vLLM, priority", OURS]
+    assert {load for each in data["results"].values() for load in each} == {"0.3x", "burst"}
+    requests = [each["0.3x"]["requests"] for each in data["results"].values()]
+    assert requests[0] > 0
+    assert len(set(requests)) == 1
+    assert all(each["0.3x"]["done"] > 0 for each in data["results"].values())
+    said = capfd.readouterr().out
+    assert all(name in said for name in names)
+    started = "".join(path.read_text() for path in logs.glob("*.log"))
+    assert f"--scheduler-cls={SCHEDULER}" in started
+    assert "--scheduling-policy=priority" in started
+    children = [int(line.split()[1]) for line in started.splitlines() if line.startswith("child ")]
+    assert len(children) == len(list(logs.glob("*.log"))) >= 4
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
 @pytest.mark.skipif(not VLLM_PYTHON, reason="SLOS_SERVE_VLLM_PYTHON is not set to a Python with vLLM")
 def test_the_planner_runs_inside_vllm(tmp_path: Path) -> None:
     """Twenty requests at once, one cancelled, some without an SLO or one that nobody can keep: all others end in full
@@ -181,8 +212,8 @@ def test_the_planner_runs_inside_vllm(tmp_path: Path) -> None:
 
     async def run() -> None:
         async with (
-            peer(Path(VLLM_PYTHON), tmp_path / "model", options, log) as served,
-            VllmClient(served.address) as client,
+            peer(Path(VLLM_PYTHON), tmp_path / "model", options, log) as address,
+            VllmClient(address) as client,
         ):
             rng = np.random.default_rng(0)
             prompts = ["".join(rng.choice(list("abcdefgh"), n)) for n in rng.integers(5, 1000, 20)]
