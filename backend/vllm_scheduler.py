@@ -36,6 +36,7 @@ class SloScheduler(Stock):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, *args: Any, **settings: Any) -> None:
         """Raises ValueError, naming the option, for what the planner cannot steer."""
         super().__init__(vllm_config, *args, **settings)
+        logging.getLogger("slos_serve").parent = logging.getLogger("vllm")  # our words go where vLLM's go
         _check(vllm_config, len(self.kv_cache_config.kv_cache_groups))
         self.policy = SchedulingPolicy.FCFS  # the order is the plan's
         self.waiting = create_request_queue(self.policy)
@@ -55,18 +56,19 @@ class SloScheduler(Stock):  # type: ignore[misc]
             partial(Scheduler, capabilities), time.monotonic, time.time, Path(profile) if profile else None
         )
         self._orders: Orders | None = None  # None: the stock's policy decides
-        self._ran = True  # whether the last batch had anybody in it
+        self._ran = True  # whether the last orders changed anything, where anybody was there
         _compile(capabilities)
         log.info("slos_serve plans: %s, %s", capabilities, self._seat.perf)
 
     def schedule(self, *args: Any, **settings: Any) -> Any:
         """The parent's, steered. After a batch that vLLM could run nothing of, one of its own choice."""
-        was_stuck = self._orders is not None and bool(self._orders.tokens) and not self._ran
+        was_stuck = self._orders is not None and not self._ran
         self._orders = None if was_stuck else self._ask()
         if self._orders is not None:
             self._carry_out(self._orders)
         output = super().schedule(*args, **settings)
-        self._ran = output.total_num_scheduled_tokens > 0
+        dropped = self._orders is not None and bool(self._orders.evicted)
+        self._ran = dropped or output.total_num_scheduled_tokens > 0 or not self.requests
         return output
 
     def update_from_output(self, *args: Any, **settings: Any) -> Any:

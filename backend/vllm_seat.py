@@ -155,7 +155,7 @@ class Seat:
         if self._is_fitted or len(self.samples) < FIT_SAMPLES:
             return
         self._is_fitted = True
-        self.perf, score = fit_samples(self.samples)
+        self.perf, score = fit_samples(list(self.samples))
         self._planner = self._make_planner(self.perf)
         log.info("time model of %d batches, MAPE %.1f %%: %s", len(self.samples), score.mape, self.perf)
         if self._profile is not None:

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import string
 import subprocess
 import sys
@@ -390,7 +391,10 @@ OURS: Final = "vLLM + slos_serve"
 
 
 async def compare(bench: Bench) -> None:
-    """Tune vLLM, then every contender in turn."""
+    """Tune vLLM, then every contender in turn. SIGTERM ends the servers too."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     setting, args = bench.setting, bench.setting.args
     budget = await bench.tune()
     contenders: dict[str, Contender] = {
@@ -442,6 +446,8 @@ def run(args: argparse.Namespace) -> int:
                 asyncio.run(compare(bench))
             finally:
                 _conclude(bench, version)
+    except asyncio.CancelledError:
+        return 130
     except (ServerFailed, StreamError) as error:
         print(f"slos-serve bench-vllm: {error}", file=sys.stderr)
         return 1
