@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -199,20 +200,36 @@ def test_the_whole_command_on_a_stand_in(tmp_path: Path, capfd: pytest.CaptureFi
             os.kill(child, 0)
 
 
-@pytest.mark.skipif(not VLLM_PYTHON, reason="SLOS_SERVE_VLLM_PYTHON is not set to a Python with vLLM")
-def test_the_planner_runs_inside_vllm(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made by vLLM's Python."""
+    if not VLLM_PYTHON:
+        pytest.skip("SLOS_SERVE_VLLM_PYTHON is not set to a Python with vLLM")
+    folder = tmp_path_factory.mktemp("vllm") / "model"
+    subprocess.run([VLLM_PYTHON, "-m", "slos_serve.backend.random_model", folder, "--layers=2"], check=True)
+    return folder
+
+
+def test_the_planner_steers_the_real_scheduler(small_model: Path) -> None:
+    """What is planned is what vLLM's own class schedules, preempts and counts in blocks, at every step."""
+    drive = Path(__file__).parent / "standin" / "vllm_drive.py"
+    found = subprocess.run([VLLM_PYTHON, drive, small_model], capture_output=True, text=True, check=False, timeout=600)
+    assert found.returncode == 0, found.stderr[-3000:]
+    counts = json.loads(found.stdout.splitlines()[-1])
+    assert counts["done"] + counts["aborted"] == counts["added"] == 60
+    assert min(counts["aborted"], counts["evicted"]) > 0
+
+
+def test_the_planner_runs_inside_vllm(small_model: Path, tmp_path: Path) -> None:
     """Twenty requests at once, one cancelled, some without an SLO or one that nobody can keep: all others end in full
     with the text that they have alone, and the planner never failed."""
-    import subprocess
-
-    subprocess.run([VLLM_PYTHON, "-m", "slos_serve.backend.random_model", tmp_path / "model", "--layers=2"], check=True)
     log = tmp_path / "log"
     options = ["--enforce-eager", "--dtype=float32", "--max-num-seqs=6", "--max-num-batched-tokens=200"]
     options += ["--num-gpu-blocks-override=24", f"--scheduler-cls={SCHEDULER}"]  # the longest need 9 blocks of 128
 
     async def run() -> None:
         async with (
-            peer(Path(VLLM_PYTHON), tmp_path / "model", options, log) as address,
+            peer(Path(VLLM_PYTHON), small_model, options, log) as address,
             VllmClient(address) as client,
         ):
             rng = np.random.default_rng(0)
