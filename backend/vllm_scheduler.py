@@ -45,7 +45,7 @@ class SloScheduler(Stock):  # type: ignore[misc]
             num_blocks=self.kv_cache_manager.block_pool.num_gpu_blocks - 1,  # vLLM keeps one as null
             block_tokens=self.block_size,
             max_batch_tokens=self.max_num_scheduled_tokens,
-            max_batch_requests=self.max_num_running_reqs,
+            max_batch_requests=vllm_config.scheduler_config.max_num_seqs,
             max_context=self.max_model_len,
         )
         if not self.use_v2_model_runner:

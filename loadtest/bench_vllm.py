@@ -456,7 +456,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _random_model(python: Path, folder: Path) -> Path:
     if not (folder / "model.safetensors").exists():
-        command = [python, "-m", "slos_serve.backend.random_model", folder]
+        command = [str(python), "-m", "slos_serve.backend.random_model", str(folder)]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         if found.returncode:
             raise ServerFailed(f"the random model could not be made: {found.stderr.strip().splitlines()[-1]}")
