@@ -146,8 +146,8 @@ def shots(load: Sequence[Arrival], caller: Caller, prefix: str) -> list[Shot]:
 # Measuring
 
 
-async def measure(caller: Caller, seconds: float) -> Machine:
-    """Lone prefills, then as many requests at a time as keep the server full."""
+async def measure(caller: Caller, seconds: float, capacity: float | None) -> Machine:
+    """Lone prefills, then as many requests at a time as keep the server full, unless its capacity is given."""
     prefill = []
     for tokens in PROBES:
         times = []
@@ -157,6 +157,8 @@ async def measure(caller: Caller, seconds: float) -> Machine:
             result = await caller.generate(shot.text[:-1] + str(repeat), max_tokens=1, ignore_eos=True).drain()
             times.append(result.token_times[0] - started)
         prefill.append(min(times[1:]))
+    if capacity is not None:
+        return Machine(tuple(prefill), capacity)
     sample = arrivals(np.random.default_rng(0), np.arange(200.0))
     tokens_per_second = await probe(shots(sample, caller, "capacity-"), CONCURRENCY, seconds)
     return Machine(tuple(prefill), tokens_per_second / float(np.mean([each.output_tokens for each in sample])))
@@ -318,7 +320,7 @@ class Bench:
         for budget in args.budgets:
             async with self.setting.vllm(budget) as caller:
                 if self.machine is None:
-                    self.machine = await measure(caller, args.probe_seconds)
+                    self.machine = await measure(caller, args.probe_seconds, args.capacity)
                     shown = " ".join(f"{1000 * each:.0f}" for each in self.machine.prefill)
                     print(
                         f"prefill of {PROBES} tokens: {shown} ms; capacity {self.machine.capacity:.2f} req/s",
@@ -426,6 +428,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-requests", type=int, default=64, help="most requests of a batch (default: %(default)s)")
     parser.add_argument("--engine-threads", type=int, default=0, help="of our engine (default: its own default)")
     parser.add_argument("--loads", type=float, nargs="+", default=(0.7, 1.0, 1.5), help="shares of the capacity")
+    parser.add_argument("--capacity", type=float, metavar="RATE", help="requests per second (default: measured)")
     parser.add_argument("--early-ms", type=float, default=15.0, help="SLOs are asked for so much tighter (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     for name, default in (("seconds", 20), ("tune", 12), ("probe", 8), ("warm", 8), ("grace", 12)):

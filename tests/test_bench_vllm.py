@@ -178,7 +178,7 @@ def test_the_whole_command_on_a_stand_in(tmp_path: Path, capfd: pytest.CaptureFi
     found, logs = tmp_path / "found.json", tmp_path / "logs"
     command = ["bench-vllm", f"--vllm-python={python}", f"--json={found}", f"--logs={logs}", "--loads", "0.3"]
     command += ["--budgets", "256", "512", "--seconds=2", "--tune-seconds=1", "--probe-seconds=1", "--warm-seconds=1"]
-    assert main([*command, "--grace=2"]) == 0
+    assert main([*command, "--capacity=10", "--grace=60"]) == 0
     data = json.loads(found.read_text())
     assert set(data["tuning"]) == {"256", "512"}
     names = list(data["results"])
@@ -187,7 +187,7 @@ def test_the_whole_command_on_a_stand_in(tmp_path: Path, capfd: pytest.CaptureFi
     requests = [each["0.3x"]["requests"] for each in data["results"].values()]
     assert requests[0] > 0
     assert len(set(requests)) == 1
-    assert all(each["0.3x"]["done"] > 0 for each in data["results"].values())
+    assert all(each["0.3x"]["done"] == each["0.3x"]["requests"] for each in data["results"].values())
     said = capfd.readouterr().out
     assert all(name in said for name in names)
     started = "".join(path.read_text() for path in logs.glob("*.log"))
