@@ -43,6 +43,7 @@ SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
     "gpu-check": Subcommand(
         "slos_serve.backend.gpu_check", "correctness and speed on a GPU, measured beside simulated"
     ),
+    "bench-vllm": Subcommand("slos_serve.loadtest.bench_vllm", "vLLM's scheduler and ours inside vLLM, the same load"),
     "bench-engine": Subcommand("slos_serve.backend.bench_engine", "measure the engine's tokens per second"),
 }
 

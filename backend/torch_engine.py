@@ -137,14 +137,6 @@ class TorchEngine:
             advances = tuple(self._finish(work, tokens) for work, tokens in zip(works, gained, strict=True))
         return StepReport(started_at, self._clock(), advances, self._pool.free_blocks, self._pool.shared_blocks)
 
-    def check_memory(self) -> None:
-        """Raise AssertionError unless the pool is whole and every request holds the blocks of its computed tokens."""
-        self._pool.check()
-        for sequence in self._sequences.values():
-            if len(sequence.blocks) != self._pool.blocks_for(sequence.computed):
-                held = len(sequence.blocks)
-                raise AssertionError(f"{sequence.request_id} has {sequence.computed} tokens in {held} blocks")
-
     def _sequence(self, generation: Generation) -> Sequence:
         request_id, limits, sampling = generation.request_id, generation.stage_limits, generation.sampling
         if request_id in self._sequences:

@@ -99,6 +99,13 @@ def engine(model: LoadedModel, draft: LoadedModel | None = None, blocks: int = 6
     return TorchEngine(model, draft, kv_cache_bytes=size, **{**defaults, **settings})
 
 
+def check_memory(engine: TorchEngine) -> None:
+    """The pool is whole and every request holds exactly the blocks of its computed tokens."""
+    engine._pool.check()
+    for sequence in engine._sequences.values():
+        assert len(sequence.blocks) == engine._pool.blocks_for(sequence.computed), sequence.request_id
+
+
 @dataclass
 class Driver:
     """Runs requests to their end with any plans that the engine must be able to run."""
@@ -125,7 +132,7 @@ class Driver:
             self.computed[advance.request_id] = advance.computed
         for output in self.engine.outputs:
             self._take(output)
-        self.engine.check_memory()
+        check_memory(self.engine)
         live = [name for name in self.known if name not in self.ended]
         held = sum(-(-self.computed[name] // 16) for name in live)
         assert report.free_blocks is not None
@@ -409,7 +416,7 @@ def test_memory_is_never_lost(seed: int, target: LoadedModel, draft: LoadedModel
         try_step(driver)
     for name in driver.known:
         driver.engine.release(name)
-    driver.engine.check_memory()
+    check_memory(driver.engine)
     assert driver.engine.step(Plan(), 0.0).free_blocks == 30
 
 
@@ -475,7 +482,7 @@ def test_impossible_plans_change_nothing(target: LoadedModel) -> None:
     for plan, message in cases:
         with pytest.raises(RuntimeError, match=message):
             driver.engine.step(plan, 0.0)
-        driver.engine.check_memory()
+        check_memory(driver.engine)
         assert driver.engine.step(Plan(), 0.0).free_blocks == free
     driver.add("d", prompts(40, seed=3)[0])
     with pytest.raises(RuntimeError, match="needs 3 more KV blocks, 1 of 4 are free"):

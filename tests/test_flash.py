@@ -119,7 +119,7 @@ def test_tokens_are_those_of_the_gathering_engine(drafting: bool, load: Callable
                     del known[name]
             for output in engine.outputs:
                 words[output.request_id] += output.token_ids
-            engine.check_memory()
+            engine._pool.check()
         return words
 
     assert said(flash.reference) == said(None)

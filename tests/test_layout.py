@@ -26,9 +26,9 @@ ALLOWED = {
     "backend": {
         *(f"{OURS}.scheduler", f"{OURS}.client.wire"),
         *("numpy", "torch", "transformers", "tokenizers", "safetensors", "triton_python_backend_utils", "tensorrt_llm"),
-        *("grpc", "tritonclient"),
+        *("grpc", "tritonclient", "vllm"),
     },
-    "loadtest": {*(f"{OURS}.scheduler", f"{OURS}.client"), *("numpy", "locust", "gevent", "matplotlib")},
+    "loadtest": {*(f"{OURS}.scheduler", f"{OURS}.client"), *("numpy", "aiohttp", "locust", "gevent", "matplotlib")},
 }
 # The planner is told the time and is called by others' loops: it has no clock, thread, file system or log of its own.
 IMPURE = {"time", "threading", "asyncio", "logging", "os", "socket", "subprocess", "multiprocessing", "random"}
@@ -37,6 +37,7 @@ CONFINED = {
     "numba": "scheduler/jit.py",
     "locust": "loadtest/locustfile.py",
     "tensorrt_llm": "backend/trtllm_scheduler.py",
+    "vllm": "backend/vllm_scheduler.py",
 }
 
 
