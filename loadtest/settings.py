@@ -27,6 +27,7 @@ ABLATIONS: Final[Mapping[str, Setting]] = {
     "commit_at_arrival": Setting({"commit_late": False}),
     "longest_period": Setting({"reserve": 100.0}),
     "little_reserve": Setting({"reserve": 1.15}),
+    "short_iterations": Setting({"wait": 0.0}),
     "no_prefill_only": Setting({"prefill_only": False}),
     "no_margin": Setting({"margin": 0.0}),
     "fixed_margin": Setting({"margin": 0.1}),

@@ -288,7 +288,7 @@ def test_wrong_questions(arguments: tuple[str, ...], message: str) -> None:
 def test_a_policy_that_keeps_no_promise_at_any_rate_has_no_capacity(tmp_path: Path) -> None:
     """The search ends at rates so low that nobody comes."""
     cell = ("--workload", "tool_calling", "--arrivals", "poisson", "--requests", "20", "--rule", "blocks")
-    slow = ("--slo", "tool_calling=1x/10", "--policy", "sarathi", "--untuned", "--target", "1")
+    slow = ("--slo", "tool_calling=1x/14.5", "--policy", "sarathi", "--untuned", "--target", "1")
     (found,) = examined(tmp_path, *cell, *slow)
     assert found["capacity_per_gpu"] == {"blocks": {"1": 0.0}}
 
