@@ -119,20 +119,26 @@ def answers(address: str) -> bool:
         return False
 
 
-def traces(server_pid: int, launcher_pid: int) -> list[object]:
-    """Living processes of a server's session and shared-memory files of its launcher."""
+def shared_memory(launcher_pid: int) -> frozenset[Path]:
+    """Files of all servers that a process has launched."""
+    return frozenset(Path("/dev/shm").glob(f"slos_serve_{launcher_pid}_*"))
+
+
+def traces(server_pid: int, launcher_pid: int, others: frozenset[Path] = frozenset()) -> list[object]:
+    """Living processes of a server's session and shared-memory files of its launcher, but for `others`."""
     members = [member for member in session_members(server_pid) if not member.is_dead]
-    return [*members, *Path("/dev/shm").glob(f"slos_serve_{launcher_pid}_*")]
+    return [*members, *(shared_memory(launcher_pid) - others)]
 
 
 def test_two_servers_run_side_by_side_and_leave_nothing(repository: Path) -> None:
     """Two servers on one machine answer each for itself; after them no process and no shared memory is left."""
+    others = shared_memory(os.getpid())
     with Server(repository, models=["echo"]) as one, Server(repository, models=["echo"]) as two:
         assert (echo(one.http, 1), echo(two.http, 2)) == (1, 2)
         assert len({one.http, two.http, one.grpc, two.grpc, one.metrics, two.metrics}) == 6
         assert ask(one.metrics, "GET", "/metrics", timeout=5.0)[0] == 200
         pids = one.pid, two.pid
-    assert [traces(pid, os.getpid()) for pid in pids] == [[], []]
+    assert [traces(pid, os.getpid(), others) for pid in pids] == [[], []]
     assert (one.exit_code, two.exit_code) == (0, 0)
 
 
@@ -149,13 +155,14 @@ def test_a_server_listens_on_this_machine_only(repository: Path) -> None:
 
 def test_a_killed_stub_is_noticed_and_the_server_serves_again(repository: Path) -> None:
     """Triton reports health while its stub is dead; the supervisor restarts it on the same ports."""
+    others = shared_memory(os.getpid())
     with Server(repository, models=["echo"], supervise=True, limits=Limits(first_delay=0.1)) as server:
         first = server.pid
         os.kill(next(member.pid for member in session_members(first) if "python" in member.name), signal.SIGKILL)
         wait_until(lambda: server.num_starts == 2 and answers(server.http))
         assert traces(first, -1) == []
         second = server.pid
-    assert traces(second, os.getpid()) == []
+    assert traces(second, os.getpid(), others) == []
 
 
 def test_a_hung_engine_is_restarted(tmp_path: Path, stuck_arguments: list[str]) -> None:
