@@ -407,7 +407,8 @@ def test_an_offer_that_nobody_claims_ends(instance: Bench) -> None:
     instance.worker.tickets.seconds = 0.05
     endless = {**ASKED, "max_tokens": 200}
     ticket = control(instance.send(is_offer=True, **endless).wait())["ticket"]
-    until(lambda: not instance.engine.live)
+    expired = time.monotonic() + 3 * instance.worker.tickets.seconds
+    until(lambda: time.monotonic() > expired and not instance.engine.live)
     try:
         instance.responder.claim(instance.worker.tickets.take(ticket), late := Caller())
         refusal = late.wait().refusal
