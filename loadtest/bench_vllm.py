@@ -40,6 +40,7 @@ from slos_serve.scheduler.core import Slo, Stage
 from . import demo
 from .demo import ServerFailed
 from .play import Caller, Ledger, Record, Shot, play, probe
+from .report import percent
 from .vllm_peer import SCHEDULER, VllmClient, check, peer
 from .workload import Arrival, Limits, Rng, Times, Workload, chatbot, coding, fit, merged, poisson, summarization
 
@@ -374,15 +375,11 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]], ours: str) -> 
             row, best = found[load], results.get(ours, {}).get(load)
             ratio = f"{best['goodput'] / row['goodput']:.2f}" if best and row["goodput"] else "-"
             lines.append(
-                f"{load:<7}{name:<26}{row['requests']:>9}{_percent(row['attained']['strict']):>10}"
-                f"{_percent(row['attained']['blocks']):>8}{row['goodput']:>10.2f}{ratio:>7}"
+                f"{load:<7}{name:<26}{row['requests']:>9}{percent(row['attained']['strict']):>10}"
+                f"{percent(row['attained']['blocks']):>8}{row['goodput']:>10.2f}{ratio:>7}"
                 f"{_pair(row['ttft_ms']):>18}{_pair(row['gap_ms']):>17}"
             )
     return "\n".join(lines)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _pair(spread: Mapping[str, float]) -> str:

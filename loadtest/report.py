@@ -159,8 +159,8 @@ def table(measured: Mapping[str, Any]) -> str:
                 str(row["outcomes"].get("refused", 0)),
                 _shown(row["ttft"]),
                 _shown(row["tpot"][0]),
-                _percent(row["attained"]["strict"]),
-                _percent(row["attained"]["server"]),
+                percent(row["attained"]["strict"]),
+                percent(row["attained"]["server"]),
                 str(row["tokens"]),
                 f"{row['accepted']}/{row['drafted']}" if row["drafted"] else "-",
             )
@@ -183,5 +183,5 @@ def _shown(spread: Mapping[str, float | None]) -> str:
     return f"{spread['p50_ms']:.0f} / {spread['p99_ms']:.0f}" + ("" if slo is None else f" ({slo:.0f})")
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"

@@ -46,7 +46,7 @@ FEW: Final = 8
 HOLD_STEP: Final = 0.01  # seconds between two looks at a request that is kept back
 HOLD_SECONDS: Final = 0.05  # and how long at most
 PER_REPLICA: Final = 4.5  # sessions per second where a search begins
-GALLOP: Final = 1.12
+GALLOP: Final = 1.25
 CLOSE: Final = 1.13  # rates this close together are interpolated between
 
 

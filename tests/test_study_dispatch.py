@@ -32,7 +32,7 @@ def test_the_search_finds_where_the_share_falls_below_the_target(guess: float) -
         return min(1.0, 1.0 - (rate - 15.0) / 50.0)
 
     assert capacity(share, guess) == pytest.approx(20.0, rel=0.01)
-    assert len(asked) < 11
+    assert len(asked) < 9
 
 
 @pytest.mark.parametrize("policy", POLICIES)
