@@ -1,7 +1,8 @@
 """The client: text or token ids in, a stream of deltas out, one gRPC stream per request.
 
 Every request ends in exactly one way: a `Result`, or one of the errors of `stream`. Leaving the loop
-early or cancelling the task cancels the request on the server.
+early or cancelling the task cancels the request on the server; Triton does not tell an ensemble's steps, so a
+request to the routers' ensemble is stopped there by its id.
 
     async with SlosClient("127.0.0.1:8001") as client:
         async for delta in client.generate("def f(", max_tokens=50, slo_class="coding"):
@@ -11,6 +12,8 @@ early or cancelling the task cancels the request on the server.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any, Final
@@ -21,9 +24,11 @@ import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
 from . import wire
-from .stream import Assembly, Delta, Lost, Result, refused
+from .stream import Assembly, Delta, Lost, Refused, Result, StreamError, refused
 
 DEFAULT_MODEL: Final = "slos_llm"
+ENSEMBLE_MODEL: Final = "slos_ensemble"
+STOP_SECONDS: Final = 2.0
 
 
 class Stream:
@@ -59,6 +64,7 @@ class SlosClient:
         self._address = address
         self._model = model
         self._opened: triton.InferenceServerClient | None = None
+        self._stops: set[asyncio.Task[None]] = set()
 
     @property
     def _triton(self) -> triton.InferenceServerClient:
@@ -75,6 +81,7 @@ class SlosClient:
 
     async def aclose(self) -> None:
         """Close the connection; running streams end as lost."""
+        await asyncio.gather(*self._stops)
         if self._opened is not None:
             await self._opened.close()
             self._opened = None
@@ -103,9 +110,28 @@ class SlosClient:
     async def _run(
         self, inputs: list[triton.InferInput], request_id: str, timeout: float | None, assembly: Assembly
     ) -> AsyncGenerator[Delta, None]:
-        async for message, at in self.responses(inputs, request_id, timeout, Running()):
-            yield read_delta(assembly, message, at)
+        must_stop = self._model == ENSEMBLE_MODEL
+        request_id = request_id or (f"slos-{secrets.token_hex(8)}" if must_stop else "")
+        try:
+            async for message, at in self.responses(inputs, request_id, timeout, Running()):
+                yield read_delta(assembly, message, at)
+            must_stop = False
+        except Refused:
+            must_stop = False
+            raise
+        finally:
+            if must_stop:
+                task = asyncio.get_running_loop().create_task(self._stop(request_id))
+                self._stops.add(task)
+                task.add_done_callback(self._stops.discard)
         assembly.result()  # an end without a last response is an error
+
+    async def _stop(self, request_id: str) -> None:
+        """End a request that goes on without its caller."""
+        stop = self.responses(input_tensors({"control": "stop"}), request_id, STOP_SECONDS, Running())
+        with contextlib.suppress(StreamError):  # it has ended, or the server has
+            async for _ in stop:
+                pass
 
     async def responses(
         self, inputs: list[triton.InferInput], request_id: str, timeout: float | None, running: Running

@@ -529,7 +529,7 @@ def _plot_skews(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
     axes.set(ylabel="times round-robin", title="capacity on four replicas")
-    axes.legend(fontsize=8)
+    _legend(axes)
 
 
 def _plot_scale(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
@@ -540,7 +540,7 @@ def _plot_scale(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
             axes.semilogx(*zip(*points, strict=True), "o-", label=policy, base=2)
     axes.set(xlabel="replicas (the runs of 64 and 512 are short)", ylabel="sessions/s per replica", title="capacity")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    _legend(axes)
 
 
 def _plot_ages(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
@@ -552,5 +552,10 @@ def _plot_ages(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
             axes.axhline(found[like].get("round_robin", math.nan), linestyle=":", label=f"{like}, round robin")
     axes.set(xlabel="seconds between two loads", ylabel="sessions/s", title="capacity with old loads")
     axes.set_ylim(bottom=0)
-    if axes.lines:
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """Where there is anything to name: a study of few scenarios leaves panels empty."""
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)

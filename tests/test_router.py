@@ -192,11 +192,14 @@ def test_errors_are_those_of_an_instance(whole: Service) -> None:
 
 
 def test_who_hangs_up_at_the_router_frees_the_engine(whole: Service) -> None:
-    """Cancellation passes through the router and through placement."""
+    """Cancellation passes through the router and through placement; our client stops what went through the ensemble."""
+
+    def generated() -> float:
+        return sum(metric(instance, "slos_serve_generated_tokens_total") for instance in whole.instances)
 
     async def run() -> None:
         async with clients(whole) as ways:
-            for name in ("router", "placed", "forwarded"):
+            for name in ("router", "placed", "forwarded", "ensemble"):
                 streams = [ways[name].generate(p, max_tokens=450, ignore_eos=True) for p in PROMPTS]
                 for stream in streams:
                     async for _ in stream:
@@ -204,8 +207,10 @@ def test_who_hangs_up_at_the_router_frees_the_engine(whole: Service) -> None:
                 for stream in streams:
                     await stream.aclose()
 
+    before = generated()
     serial(run())
     until(lambda: all(metric(instance, "slos_serve_requests") == 0 for instance in whole.instances))
+    assert generated() - before < 4 * len(PROMPTS) * 450 / 2
 
 
 def test_a_stop_request_ends_what_cannot_be_cancelled(whole: Service) -> None:
