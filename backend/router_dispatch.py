@@ -77,6 +77,18 @@ class Dispatcher:
         """How long a stream's early tokens are held: what a response costs, many streams share."""
         return max(self._config.coalesce_ms, 1000.0 * self._serving / self._config.max_responses_s)
 
+    def suggestion(self, call: Call) -> dict[str, Any]:
+        """Where a request like this one would be offered now, for a caller who will soon have one; {} for nowhere.
+
+        It counts as sent there until the instance tells its load, so that not every caller is sent to the same.
+        """
+        choice = self._choose(call, frozenset(), frozenset(), frozenset())
+        if choice is None:
+            return {}
+        member, ask, may_decline = choice
+        self._instances.fleet.sent(member.address, ask)
+        return {"address": member.address, "may_decline": may_decline}
+
     async def stop(self, request_id: str) -> None:
         """Tell every instance to stop a request: another router may have sent it there."""
         message = request_message(self._config.model, request_id, encode({"control": "stop"}))

@@ -107,16 +107,16 @@ class TritonPythonModel:
             )
         elif "ticket" in tensors:
             raise invalid("ticket", "must be given to the instance that issued it", text(tensors["ticket"]))
-        elif control in ("", "place"):
+        elif control in ("", "place", "suggest"):
             timeout = timeout_of(request, parameters)
             named = request_id or f"slos-{secrets.token_hex(8)}"
             unseen = None
             if not control and SEEN not in request.requested_output_names():
                 unseen = self._config.unseen_tokens, self._config.unseen_s
-            call = read_call(named, tensors, parameters, outlet, now, timeout, control == "place", unseen)
-            self._loop.call_soon_threadsafe(self._begin, call)
+            call = read_call(named, tensors, parameters, outlet, now, timeout, bool(control), unseen)
+            self._loop.call_soon_threadsafe(self._suggest if control == "suggest" else self._begin, call)
         else:
-            raise invalid("control", "must be stop, watch or place at a router", control)
+            raise invalid("control", "must be stop, watch, place or suggest at a router", control)
 
     def _begin(self, call: Call) -> None:
         if call.id in self._calls:
@@ -127,6 +127,9 @@ class TritonPythonModel:
             self._calls[call.id] = call
             task = self._tasks[call] = self._loop.create_task(self._dispatcher.serve(call))
             task.add_done_callback(lambda _: self._end(call))
+
+    def _suggest(self, call: Call) -> None:
+        call.answer(self._dispatcher.suggestion(call))
 
     def _end(self, call: Call) -> None:
         del self._calls[call.id], self._tasks[call]

@@ -5,6 +5,10 @@ ticket; the tokens then come without a detour. Where that fails the request is p
 that came so far, and goes on after the last of them; where an instance cannot be reached from here, the router
 forwards. Any of the routers will do. Every request ends in exactly one way, as with `SlosClient`.
 
+No request waits for a router that could be asked before: with each one a router is asked where the next of its
+class would go, and the next goes straight there, unless the advice is old. An instance that cannot promise it
+declines, and it is placed by a router as above. Rounds of a session are always placed by a router.
+
     async with RoutedClient(["10.0.0.1:8001", "10.0.0.2:8001"]) as client:
         result = await client.generate("def f(", max_tokens=50, slo_class="coding").drain()
 """
@@ -12,6 +16,7 @@ forwards. Any of the routers will do. Every request ends in exactly one way, as 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import secrets
@@ -28,6 +33,7 @@ SILENT_SECONDS: Final = 0.3  # then the routers are asked whether the instance i
 WATCH_SECONDS: Final = 0.1
 UNREACHABLE_SECONDS: Final = 30.0  # how long an instance that could not be reached gets forwarded requests
 PAUSE_SECONDS: Final = 0.2
+HINT_SECONDS: Final = 1.0  # how long advice is followed: loads that old cost no capacity (`slos-serve study-dispatch`)
 # The server is at fault, or going away: another may do better. UNKNOWN is what Triton itself writes.
 _MOVABLE: Final = frozenset({"UNAVAILABLE", "INTERNAL", "UNKNOWN"})
 
@@ -45,6 +51,13 @@ class _Request:
     losses: list[str] = field(default_factory=list)
     story: dict[str, Any] = field(default_factory=dict)
     running: Running = field(default_factory=Running)
+    declines: int = 0  # of instances that were advised
+
+    @property
+    def kind(self) -> str | None:
+        """Requests of one kind may follow the same advice; None for one that must be placed by itself."""
+        is_new = not self.losses and not self.declines and not self.assembly.token_ids
+        return str(self.fields.get("slo_class", "")) if is_new and "session_id" not in self.fields else None
 
     @property
     def attempt_id(self) -> str:
@@ -64,6 +77,15 @@ class _Request:
             values["resume_ids"] = list(self.assembly.token_ids)
             values["resume_times_ms"] = [(at - self.started_at) * 1000 for at in self.assembly.token_times]
         return input_tensors(values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Hint:
+    """Where the next request of a kind should go, until `until`."""
+
+    address: str
+    may_decline: bool
+    until: float
 
 
 class RoutedClient:
@@ -93,6 +115,8 @@ class RoutedClient:
         self._turn = itertools.cycle(range(len(routers)))
         self._router = 0
         self._requests: set[_Request] = set()
+        self._hints: dict[str, _Hint] = {}
+        self._asking: dict[str, asyncio.Task[None]] = {}
         self._watchdog: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> RoutedClient:
@@ -106,6 +130,8 @@ class RoutedClient:
         if self._watchdog is not None:
             self._watchdog.cancel()
             self._watchdog = None
+        for task in self._asking.values():
+            task.cancel()
         for client in (*self._routers, *self._instances.values()):
             await client.aclose()
         self._instances.clear()
@@ -171,13 +197,21 @@ class RoutedClient:
     async def _attempt(self, request: _Request) -> AsyncGenerator[Delta, None]:
         """One try: placed, or forwarded. Raises Refused or Lost; `request.address` tells who was at fault."""
         request.address = ""
+        if self._placement:
+            hint = self._hint(request)
+            if hint is not None:
+                async for delta in self._try(request, hint):
+                    yield delta
+                if request.assembly.finish_reason:
+                    return
         router = self._routers[self._router]
         if self._placement:
             place = await self._place(router, request)
             address = str(place["address"])
             if self._unreachable.get(address, 0.0) < time.monotonic():
                 request.address = address
-                request.story = {name: place[name] for name in ("instance", "hops") if name in place}
+                request.story = {"instance": place.get("instance", address)}
+                request.story["hops"] = place.get("hops", 0) + request.declines
                 claim = input_tensors({"ticket": str(place["ticket"])})
                 responses = self._instance(address).responses(claim, request.attempt_id, request.left, request.running)
             else:
@@ -187,6 +221,48 @@ class RoutedClient:
         async for message, at in responses:
             yield read_delta(request.assembly, message, at)
         request.assembly.result()
+
+    def _hint(self, request: _Request) -> _Hint | None:
+        """Advice for this request, if there is any that is fresh; the next of its kind gets its own."""
+        kind = request.kind
+        if kind is None:
+            return None
+        now = time.monotonic()
+        hint = self._hints.pop(kind, None)
+        if kind not in self._asking:
+            self._asking[kind] = asyncio.get_running_loop().create_task(self._ask_for_hint(kind, request.inputs()))
+            self._asking[kind].add_done_callback(lambda _: self._asking.pop(kind))
+        return hint if hint and now < hint.until and self._unreachable.get(hint.address, 0.0) < now else None
+
+    async def _ask_for_hint(self, kind: str, inputs: list[Any]) -> None:
+        inputs = [each for each in inputs if each.name() != "elapsed_ms"] + input_tensors({"control": "suggest"})
+        with contextlib.suppress(StreamError):  # whoever finds no advice asks for a place
+            async for message, at in self._routers[self._router].responses(inputs, "", PAUSE_SECONDS * 5, Running()):
+                found = control_output(message)
+                if "address" in found:
+                    declines = bool(found.get("may_decline", True))
+                    self._hints[kind] = _Hint(str(found["address"]), declines, at + HINT_SECONDS)
+
+    async def _try(self, request: _Request, hint: _Hint) -> AsyncGenerator[Delta, None]:
+        """At the instance that was advised; ends without a result where it declines. Raises Refused or Lost."""
+        request.address, request.story = hint.address, {"instance": hint.address, "hops": 0}
+        inputs = request.inputs(may_decline=hint.may_decline)
+        instance = self._instance(hint.address)
+        try:
+            async for message, at in instance.responses(inputs, request.attempt_id, request.left, request.running):
+                delta = read_delta(request.assembly, message, at)
+                if request.assembly.finish_reason == "declined":
+                    break
+                yield delta
+            else:
+                request.assembly.result()
+                return
+        except Refused as refusal:
+            if refusal.code != "OVERLOADED":
+                raise
+        request.assembly.finish_reason = request.assembly.receipt = ""
+        request.declines += 1
+        request.address, request.running = "", Running()
 
     def _forwarded(
         self, router: SlosClient, request: _Request, suffix: str = ""

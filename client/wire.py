@@ -82,7 +82,7 @@ INPUTS: Final[tuple[Field, ...]] = (
     _f("resume_ids", "INT32", "tokens that another instance has delivered: generation goes on after them", many=True),
     _f("resume_times_ms", "FP32", "when each of them was delivered, from the arrival", many=True),
     _f("coalesce_ms", "FP32", "tokens after the first are held so long, to be sent together; 0 is the default"),
-    _f("control", "BYTES", "stop (the request with this id), watch, offer, or place; see control_output"),
+    _f("control", "BYTES", "stop (the request with this id), watch, offer, place or suggest; see control_output"),
     _f("ticket", "BYTES", "claims the stream of a request that was offered to this instance"),
 )
 

@@ -277,6 +277,43 @@ def test_who_hangs_up_between_two_offers_leaves_nothing_behind(whole: Service) -
     until(lambda: all(metric(instance, "slos_serve_requests") == 0 for instance in whole.instances))
 
 
+def test_a_request_that_was_advised_waits_for_no_router(whole: Service) -> None:
+    """With the advice asked for with the one before, a request streams though all routers stand still."""
+
+    async def run() -> Result:
+        async with RoutedClient(whole.addresses) as client:
+            await client.generate("def f(x):", max_tokens=3, **EASY).drain()
+            await asyncio.sleep(0.5)
+            for router in whole.routers:
+                send_signal(router, signal.SIGSTOP)
+            try:
+                return await client.generate("def g(x):", max_tokens=5, **EASY).drain()
+            finally:
+                for router in whole.routers:
+                    send_signal(router, signal.SIGCONT)
+
+    (result,) = serial(run())
+    assert len(result.token_ids) == 5
+    assert result.receipt["hops"] == 0
+    assert result.receipt["instance"] in {instance.grpc for instance in whole.instances}
+
+
+def test_what_an_advised_instance_declines_is_placed_by_a_router(whole: Service) -> None:
+    """An impossible promise of a class for which there is advice: declined, placed, and served once."""
+    impossible = {"ignore_eos": True, "max_tokens": 3, "slo_ttft_ms": 1e-3, "slo_tpot_ms": 1e-3}
+
+    async def run() -> Result:
+        async with RoutedClient(whole.addresses) as client:
+            await client.generate("def f(x):", max_tokens=3, **EASY).drain()
+            await asyncio.sleep(0.5)
+            return await client.generate("def g(x):", **impossible).drain()
+
+    (result,) = serial(run())
+    assert len(result.token_ids) == 3
+    assert not result.receipt["admitted"]
+    assert result.receipt["hops"] >= 2
+
+
 def ledger_of(service: Service, disturb: Callable[[], None], *, count: int = 16) -> tuple[list[Result], list[Result]]:
     """The answers of `count` streams, which `disturb` interrupts; and without.
 
