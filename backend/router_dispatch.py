@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 MAX_SESSIONS: Final = 20_000
 POLL_SECONDS: Final = 0.02
+ADVISED: Final = 4  # requests of a caller that a suggestion is for: about as many as come before it asks again
 LEARNING: Final = 0.05
 # The instance is at fault, or going away: another may do better.
 _MOVABLE: Final = frozenset({"UNAVAILABLE", "INTERNAL"})
@@ -78,16 +79,17 @@ class Dispatcher:
         return max(self._config.coalesce_ms, 1000.0 * self._serving / self._config.max_responses_s)
 
     def suggestion(self, call: Call) -> dict[str, Any]:
-        """Where a request like this one would be offered now, for a caller who will soon have one; {} for nowhere.
-
-        It counts as sent there until the instance tells its load, so that not every caller is sent to the same.
-        """
-        choice = self._choose(call, frozenset(), frozenset(), frozenset())
-        if choice is None:
-            return {}
-        member, ask, may_decline = choice
-        self._instances.fleet.sent(member.address, ask)
-        return {"address": member.address, "may_decline": may_decline}
+        """Where the next requests like this one would be offered, for a caller who will soon have some."""
+        fleet, found = self._instances.fleet, []
+        table = fleet.table.copy()
+        for _ in range(ADVISED):
+            choice = self._choose(call, frozenset(), frozenset(), frozenset())
+            if choice is not None:
+                member, ask, may_decline = choice
+                fleet.sent(member.address, ask)
+                found.append({"address": member.address, "may_decline": may_decline})
+        fleet.table[:] = table  # none of them has been sent
+        return {"advice": found}
 
     async def stop(self, request_id: str) -> None:
         """Tell every instance to stop a request: another router may have sent it there."""

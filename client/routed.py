@@ -21,6 +21,7 @@ import itertools
 import json
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -56,8 +57,12 @@ class _Request:
     @property
     def kind(self) -> str | None:
         """Requests of one kind may follow the same advice; None for one that must be placed by itself."""
-        is_new = not self.losses and not self.declines and not self.assembly.token_ids
-        return str(self.fields.get("slo_class", "")) if is_new and "session_id" not in self.fields else None
+        return None if "session_id" in self.fields else str(self.fields.get("slo_class", ""))
+
+    @property
+    def is_new(self) -> bool:
+        """No server has had it yet."""
+        return not self.losses and not self.declines
 
     @property
     def attempt_id(self) -> str:
@@ -81,7 +86,7 @@ class _Request:
 
 @dataclass(frozen=True, slots=True)
 class _Hint:
-    """Where the next request of a kind should go, until `until`."""
+    """Where one more request of a kind should go, until `until`."""
 
     address: str
     may_decline: bool
@@ -115,7 +120,7 @@ class RoutedClient:
         self._turn = itertools.cycle(range(len(routers)))
         self._router = 0
         self._requests: set[_Request] = set()
-        self._hints: dict[str, _Hint] = {}
+        self._hints: dict[str, deque[_Hint]] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._watchdog: asyncio.Task[None] | None = None
 
@@ -156,6 +161,7 @@ class RoutedClient:
         """Until there is a result, or a refusal that no other server would take back."""
         request.started_at = time.monotonic()
         heard_of_router = time.monotonic()
+        is_first = True
         if self._watchdog is None:
             self._watchdog = asyncio.get_running_loop().create_task(self._watch())
         self._requests.add(request)
@@ -166,6 +172,9 @@ class RoutedClient:
                     async for delta in self._attempt(request):
                         heard_of_router = time.monotonic()
                         yield delta
+                        if is_first:
+                            self._ask_for_hint(request)
+                            is_first = False
                     self._tell_story(request)
                     return
                 except StreamError as error:
@@ -223,25 +232,28 @@ class RoutedClient:
         request.assembly.result()
 
     def _hint(self, request: _Request) -> _Hint | None:
-        """Advice for this request, if there is any that is fresh; the next of its kind gets its own."""
-        kind = request.kind
-        if kind is None:
+        """Advice for this request, if there is any that is fresh. It is used once."""
+        if request.kind is None or not request.is_new:
             return None
-        now = time.monotonic()
-        hint = self._hints.pop(kind, None)
-        if kind not in self._asking:
-            self._asking[kind] = asyncio.get_running_loop().create_task(self._ask_for_hint(kind, request.inputs()))
-            self._asking[kind].add_done_callback(lambda _: self._asking.pop(kind))
+        now, hints = time.monotonic(), self._hints.get(request.kind)
+        hint = hints.popleft() if hints else None
         return hint if hint and now < hint.until and self._unreachable.get(hint.address, 0.0) < now else None
 
-    async def _ask_for_hint(self, kind: str, inputs: list[Any]) -> None:
-        inputs = [each for each in inputs if each.name() != "elapsed_ms"] + input_tensors({"control": "suggest"})
+    def _ask_for_hint(self, request: _Request) -> None:
+        """For the next one like this. Asked when this one streams: until then nothing should be in its way."""
+        kind = request.kind
+        if kind is not None and self._placement and kind not in self._asking:
+            task = asyncio.get_running_loop().create_task(self._suggestion(kind, request.fields))
+            self._asking[kind] = task
+            task.add_done_callback(lambda _: self._asking.pop(kind))
+
+    async def _suggestion(self, kind: str, fields: Mapping[str, Any]) -> None:
+        inputs = input_tensors({**fields, "control": "suggest"})
         with contextlib.suppress(StreamError):  # whoever finds no advice asks for a place
             async for message, at in self._routers[self._router].responses(inputs, "", PAUSE_SECONDS * 5, Running()):
-                found = control_output(message)
-                if "address" in found:
-                    declines = bool(found.get("may_decline", True))
-                    self._hints[kind] = _Hint(str(found["address"]), declines, at + HINT_SECONDS)
+                advice = control_output(message).get("advice", ())
+                until = at + HINT_SECONDS
+                self._hints[kind] = deque(_Hint(str(e["address"]), bool(e["may_decline"]), until) for e in advice)
 
     async def _try(self, request: _Request, hint: _Hint) -> AsyncGenerator[Delta, None]:
         """At the instance that was advised; ends without a result where it declines. Raises Refused or Lost."""
