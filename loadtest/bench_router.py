@@ -1,7 +1,8 @@
 """`slos-serve bench-router`: what a router costs, as ratios to the same requests sent straight to the instances.
 
-All ways are measured in turn, several rounds in one run, so that what else the machine does touches all alike:
-tokens per second with many streams that never pause, and the first token with few that do. Greedy, lengths fixed.
+All ways are measured in one run, so that what else the machine does touches all alike: tokens per second in several
+rounds of windows with many streams that never pause, and the first token with few that do and change the way with
+every request. Greedy, lengths fixed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -17,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -30,8 +32,11 @@ from .play import Caller
 
 WARM_SECONDS: Final = 3.0
 PROMPT_TOKENS: Final = 60
+FEW_TOKENS: Final = 24  # of a stream while the first token is measured
+PAUSE_SECONDS: Final = 0.3
 # Promises that nobody breaks: what is measured is the way of the tokens, not the planner.
 EASY: Final[Mapping[str, Any]] = {"ignore_eos": True, "slo_ttft_ms": 60e3, "slo_tpot_ms": 2e3}
+Ways: TypeAlias = Mapping[str, Sequence[Caller]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,39 +45,58 @@ class Rate:
 
     tokens_per_second: float
     responses_per_second: float
-    first_token_ms: float
 
 
-async def window(callers: Sequence[Caller], streams: int, seconds: float, length: int, pause: float) -> Rate:
-    """`streams` closed loops over the callers for `seconds` after a warm-up, each pausing so long between requests."""
+def prompts() -> list[str]:
     rng = np.random.default_rng(0)
-    prompts = [text.prompt(rng, PROMPT_TOKENS, "code") for _ in range(32)]
+    return [text.prompt(rng, PROMPT_TOKENS, "code") for _ in range(32)]
+
+
+async def window(callers: Sequence[Caller], streams: int, seconds: float, length: int) -> Rate:
+    """`streams` closed loops over the callers for `seconds` after a warm-up."""
     begin = time.monotonic() + WARM_SECONDS
     end = begin + seconds
-    tokens, responses, firsts = 0, 0, []
-    turns = itertools.count()
+    tokens = responses = 0
+    asked = itertools.cycle(prompts())
 
     async def loop(caller: Caller) -> None:
         nonlocal tokens, responses
         while time.monotonic() < end:
-            sent, first = time.monotonic(), True
-            stream = caller.generate(prompts[next(turns) % len(prompts)], max_tokens=length, **EASY)
+            stream = caller.generate(next(asked), max_tokens=length, **EASY)
             async for delta in stream:
                 if begin <= delta.at < end:
                     tokens += len(delta.token_ids)
                     responses += 1
-                    if first:
-                        firsts.append(delta.at - sent)
-                first = False
                 if delta.at >= end:
                     break
             await stream.aclose()
-            await asyncio.sleep(pause)
 
-    ways = itertools.cycle(callers)
-    await asyncio.gather(*(loop(next(ways)) for _ in range(streams)))
-    middle = statistics.median(firsts) * 1000 if firsts else float("nan")
-    return Rate(tokens / seconds, responses / seconds, middle)
+    turn = itertools.cycle(callers)
+    await asyncio.gather(*(loop(next(turn)) for _ in range(streams)))
+    return Rate(tokens / seconds, responses / seconds)
+
+
+async def first_tokens(ways: Ways, streams: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds to the first token by way. Each stream takes the ways in turn, so that all meet the same machine."""
+    end = time.monotonic() + seconds
+    asked = itertools.cycle(prompts())
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    turns = {way: itertools.cycle(callers) for way, callers in ways.items()}
+
+    async def loop(number: int) -> None:
+        await asyncio.sleep(PAUSE_SECONDS * number / streams)
+        order = itertools.islice(itertools.cycle(ways), number % len(ways), None)
+        while time.monotonic() < end:
+            way = next(order)
+            stream = next(turns[way]).generate(next(asked), max_tokens=FEW_TOKENS, **EASY)
+            sent, first = time.monotonic(), math.nan
+            async for delta in stream:
+                first = first if first <= delta.at else delta.at
+            found[way].append(first - sent)
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    await asyncio.gather(*(loop(number) for number in range(streams)))
+    return found
 
 
 async def measure(addresses: Addresses, args: argparse.Namespace) -> dict[str, Any]:
@@ -85,20 +109,24 @@ async def measure(addresses: Addresses, args: argparse.Namespace) -> dict[str, A
             "forward": [await stack.enter_async_context(SlosClient(addresses.router, "slos_router"))],
             "ensemble": [await stack.enter_async_context(SlosClient(addresses.router, "slos_ensemble"))],
         }
-        loads = {"many": (args.streams, args.length, 0.0), "few": (args.few, 24, 0.3)}
-        found: dict[str, dict[str, list[Rate]]] = {load: {way: [] for way in ways} for load in loads}
+        await first_tokens(ways, args.few, WARM_SECONDS)
+        firsts = await first_tokens(ways, args.few, args.first_seconds)
+        for way, seconds in firsts.items():
+            print(f"first token {way}: {1000 * statistics.median(seconds):.1f} ms of {len(seconds)}", flush=True)
+        rates: dict[str, list[Rate]] = {way: [] for way in ways}
         for number in range(args.rounds):
-            for load, (streams, length, pause) in loads.items():
-                for way, callers in ways.items():
-                    rate = await window(callers, streams, args.seconds, length, pause)
-                    found[load][way].append(rate)
-                    shown = f"{rate.tokens_per_second:.0f} tokens/s, {rate.responses_per_second:.0f} responses/s"
-                    print(f"round {number + 1} {load} {way}: {shown}, {rate.first_token_ms:.1f} ms", flush=True)
-    return {load: {way: summary(rates, ways["direct"]) for way, rates in ways.items()} for load, ways in found.items()}
+            for way, callers in ways.items():
+                rate = await window(callers, args.streams, args.seconds, args.length)
+                rates[way].append(rate)
+                shown = f"{rate.tokens_per_second:.0f} tokens/s, {rate.responses_per_second:.0f} responses/s"
+                print(f"round {number + 1} {way}: {shown}", flush=True)
+    return {way: summary(rates[way], rates["direct"], firsts[way], firsts["direct"]) for way in ways}
 
 
-def summary(rates: Sequence[Rate], direct: Sequence[Rate]) -> dict[str, Any]:
-    """Medians over the rounds, each round compared with its own direct window."""
+def summary(
+    rates: Sequence[Rate], direct: Sequence[Rate], firsts: Sequence[float], direct_firsts: Sequence[float]
+) -> dict[str, Any]:
+    """Rates: medians over the rounds, each round compared with its own direct window. First tokens: medians."""
 
     def middle(value: Callable[[Rate, Rate], float]) -> float:
         return statistics.median(value(rate, base) for rate, base in zip(rates, direct, strict=True))
@@ -106,19 +134,20 @@ def summary(rates: Sequence[Rate], direct: Sequence[Rate]) -> dict[str, Any]:
     return {
         "token_ratio": middle(lambda rate, base: rate.tokens_per_second / base.tokens_per_second),
         "tokens_per_response": middle(lambda rate, _: rate.tokens_per_second / rate.responses_per_second),
-        "first_token_added_ms": middle(lambda rate, base: rate.first_token_ms - base.first_token_ms),
+        "first_token_ms": 1000 * statistics.median(firsts),
+        "first_token_added_ms": 1000 * (statistics.median(firsts) - statistics.median(direct_firsts)),
         "rounds": [asdict(rate) for rate in rates],
+        "first_tokens_ms": [round(1000 * each, 2) for each in firsts],
     }
 
 
-def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]], args: argparse.Namespace) -> str:
+def table(found: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> str:
     """The ratios."""
-    lines = [f"{'way':<10}{'tokens/s of direct':>20}{'tokens a response':>20}{'first token, ms more':>22}"]
-    for way in found["many"]:
-        many, few = found["many"][way], found["few"][way]
+    lines = [f"{'way':<10}{'tokens/s of direct':>20}{'tokens a response':>20}{'first token, ms':>18}{'ms more':>10}"]
+    for way, each in found.items():
         lines.append(
-            f"{way:<10}{many['token_ratio']:>20.2f}{many['tokens_per_response']:>20.1f}"
-            f"{few['first_token_added_ms']:>22.1f}"
+            f"{way:<10}{each['token_ratio']:>20.2f}{each['tokens_per_response']:>20.1f}"
+            f"{each['first_token_ms']:>18.1f}{each['first_token_added_ms']:>10.1f}"
         )
     return "\n".join([*lines, f"{args.streams} streams without a pause; first token with {args.few} that pause"])
 
@@ -131,6 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--few", type=int, default=4, help="streams while the first token is measured")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each window (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--first-seconds", type=float, default=60.0, help="first tokens are measured so long")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--model-repository", type=Path, default=Path("model_repository"), metavar="DIR")
 
