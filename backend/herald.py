@@ -12,6 +12,7 @@ import json
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 PUSH_SECONDS: Final = 0.1
 WATCH_SECONDS: Final = 2.0
+TOLD_SECONDS: Final = 0.5  # the end of a session's round is told so long, to watchers that missed a message too
 
 
 class Meter:
@@ -39,6 +41,7 @@ class Meter:
         self._seconds = seconds
         self.load = Load()
         self.read_at = time.monotonic()
+        self._rounds: deque[tuple[float, str, int]] = deque(maxlen=512)
         self.predicted_ttft(1)  # compiled now, not by the engine thread when it first declines
 
     def read(self, snapshot: Snapshot, ledgers: Iterable[Ledger]) -> Load:
@@ -65,6 +68,15 @@ class Meter:
         )
         self.read_at = time.monotonic()
         return self.load
+
+    def round_ended(self, session: str, tokens: int) -> None:
+        """The cache holds so many tokens of a session whose round has just ended."""
+        self._rounds.append((time.monotonic(), session, tokens))
+
+    def rounds(self) -> dict[str, int]:
+        """Sessions whose rounds ended here in the last `TOLD_SECONDS`, with their tokens."""
+        since = time.monotonic() - TOLD_SECONDS
+        return {session: tokens for at, session, tokens in tuple(self._rounds) if at >= since}
 
     def predicted_ttft(self, prompt_tokens: int) -> float:
         """Seconds until the first token of a best-effort request of so many tokens."""
@@ -119,6 +131,7 @@ class Herald(threading.Thread):
             "load": self._meter.load.to_json(),
             "engine_age": round(time.monotonic() - self._meter.read_at, 3),
             "draining": closing,
+            "sessions": self._meter.rounds(),
         }
         return {"control_output": np.array([json.dumps(state).encode()], dtype=np.object_)}
 

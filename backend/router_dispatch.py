@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any, Final
@@ -32,7 +31,6 @@ from .router_link import Answered, Broken, Exchange, request_message
 
 log = logging.getLogger(__name__)
 
-MAX_SESSIONS: Final = 20_000
 POLL_SECONDS: Final = 0.02
 ADVISED: Final = 4  # requests of a caller that a suggestion is for: about as many as come before it asks again
 LEARNING: Final = 0.05
@@ -54,7 +52,6 @@ class Dispatcher:
     def __init__(self, config: RouterConfig, instances: Instances) -> None:
         self._config = config
         self._instances = instances
-        self._sessions: OrderedDict[str, tuple[str, int]] = OrderedDict()
         self._chars_per_token = 3.0
         self._serving = 0
 
@@ -176,7 +173,7 @@ class Dispatcher:
         session = call.values.get("session_id")
         if session is None or not usable:
             return ask
-        cached = prefix(self._instances.fleet, session, self._sessions.get(session), ask.prompt_tokens)
+        cached = prefix(self._instances.fleet, session, self._instances.homes.of(session), ask.prompt_tokens)
         return replace(ask, cached=cached)
 
     async def _attempt(self, call: Call, member: Member, ask: Ask, may_decline: bool) -> None:
@@ -234,7 +231,7 @@ class Dispatcher:
         """The instance runs it already; the client claims the stream there."""
         session = call.values.get("session_id")
         if session is not None:
-            self._remember(session, member.address, int(ask.prompt_tokens))
+            self._instances.homes.remember(session, member.address, int(ask.prompt_tokens))
         call.answer({"address": member.address, **answer, **self._story(call, member)})
 
     def _story(self, call: Call, member: Member) -> dict[str, Any]:
@@ -245,13 +242,8 @@ class Dispatcher:
         if text is not None and receipt.get("prompt_tokens"):
             self._chars_per_token += LEARNING * (len(text) / receipt["prompt_tokens"] - self._chars_per_token)
         if session is not None:
-            self._remember(session, member.address, receipt.get("prompt_tokens", 0) + len(call.ids))
-
-    def _remember(self, session: str, address: str, tokens: int) -> None:
-        self._sessions[session] = (address, tokens)
-        self._sessions.move_to_end(session)
-        if len(self._sessions) > MAX_SESSIONS:
-            self._sessions.popitem(last=False)
+            tokens = receipt.get("prompt_tokens", 0) + len(call.ids)
+            self._instances.homes.remember(session, member.address, tokens)
 
 
 def _retry_after(refusal: Refusal) -> float:

@@ -14,6 +14,7 @@ import logging
 import math
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 TICK_SECONDS: Final = 0.05
 RETRY_SECONDS: Final = 0.25
 CONNECT_SECONDS: Final = 2.0
+MAX_SESSIONS: Final = 20_000
 WATCH: Final = wire.encode({"control": "watch"})
 
 
@@ -53,6 +55,25 @@ class Member:
         return not self.trouble
 
 
+class Homes:
+    """Where each session was last, and how many of its tokens are cached there; of the latest `MAX_SESSIONS`.
+
+    Every instance tells all routers whose rounds end, so that a session needs no router of its own.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, tuple[str, int]] = OrderedDict()
+
+    def remember(self, session: str, address: str, tokens: int) -> None:
+        self._known[session] = (address, tokens)
+        self._known.move_to_end(session)
+        if len(self._known) > MAX_SESSIONS:
+            self._known.popitem(last=False)
+
+    def of(self, session: str) -> tuple[str, int] | None:
+        return self._known.get(session)
+
+
 class Instances:
     """All instances of a router; lives in its event loop."""
 
@@ -60,6 +81,7 @@ class Instances:
         self._config = config
         self.members: dict[str, Member] = {}
         self.fleet = Fleet()
+        self.homes = Homes()
         self._fingerprint = ""
         self.usable: list[Member] = []  # those that requests may go to, in the order of the fleet's columns
         self._turn = secrets.randbelow(1 << 20)  # several routers do not begin with the same instance
@@ -188,6 +210,8 @@ class Instances:
             member.trouble = ""
             self._update()
         self.fleet.tell(member.address, load, member.told_at)
+        for session, tokens in state.get("sessions", {}).items():
+            self.homes.remember(session, member.address, int(tokens))
 
     def _objection(self, state: Mapping[str, Any], age: float) -> str:
         """Why an instance that speaks gets no requests; "" when it does."""

@@ -346,7 +346,11 @@ class Worker:
 
     def _remember(self, job: Job) -> None:
         session, prompt = job.ledger.request.session, job.submission.prompt
-        if session is not None and prompt is not None:
+        if session is None:
+            return
+        if self._meter is not None:
+            self._meter.round_ended(session, job.ledger.request.prompt_tokens + len(job.output_ids))
+        if prompt is not None:
             self._sessions.remember(session, round_of(prompt, job.submission.generation, job.output_ids))
 
     def _remove(self, job: Job, outcome: str) -> None:

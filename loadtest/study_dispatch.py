@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from .cells import Load as Arrivals
 
 TARGET: Final = 0.9
 TELL_SECONDS: Final = 0.1
+TOLD_SECONDS: Final = 0.5  # the end of a session's round is told so long
 PRIOR_OUTPUT: Final = 200.0  # tokens that a dispatcher expects of a request it knows nothing of
 MAX_HOPS: Final = 3
 POLICIES: Final = ("round_robin", "sticky", "least_tokens", "hops", "ranked", "few", "held")
@@ -71,6 +73,7 @@ class Site:
         self.engine = SimulatedEngine(profile.capabilities, slower(profile.perf, slowdown), rng, 0.05)
         self.live: dict[str, _Live] = {}
         self.cached: dict[str, int] = {}
+        self.ended: deque[tuple[float, str]] = deque(maxlen=512)  # when the round of which session
         self.is_busy = False
         self._outstanding = -1.0
 
@@ -236,8 +239,10 @@ class Service:
         self.at(now + self.tell_every, lambda later: self.tell(router, later))
 
     def tell_once(self, router: Router, now: float) -> None:
-        for site in self.sites:
+        for number, site in enumerate(self.sites):
             router.fleet.tell(site.name, site.load(), now)
+            told = (session for at, session in site.ended if at >= now - TOLD_SECONDS)
+            router.homes.update(dict.fromkeys(told, number))
 
     def arrive(self, turn: Turn, now: float) -> None:
         self.outcomes[turn.request.id] = Outcome(turn.request)
@@ -364,6 +369,7 @@ class Service:
         turn = ended.turn
         if turn.request.session is not None:
             site.cached[turn.request.session] = turn.request.prompt_tokens + turn.output_tokens
+            site.ended.append((now, turn.request.session))
         if turn.following is not None:
             at = now + turn.delay
             following = replace(turn.following, request=replace(turn.following.request, arrived_at=at))

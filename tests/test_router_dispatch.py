@@ -164,6 +164,41 @@ def test_a_session_goes_back_to_where_it_was_while_that_is_there(place: bool) ->
     assert first != moved == twice == thrice
 
 
+def test_a_session_that_another_router_placed_goes_back_to_where_it_was() -> None:
+    """The instance where its last round ended tells every router."""
+
+    async def run() -> tuple[list[str], list[str]]:
+        instances = [Instance(three_tokens) for _ in range(4)]
+        for number, each in enumerate(instances):
+            each.sessions = {f"of {number}": 1900}
+        async with routed(*instances) as router:
+            callers = [
+                await router.answer(session_id=f"of {number}", input_ids=[1] * 2000, **PROMISE) for number in range(4)
+            ]
+            return [caller.receipt["instance"] for caller in callers], [each.address for each in instances]
+
+    found, wanted = asyncio.run(run())
+    assert found == wanted
+
+
+def test_advice_is_for_several_requests_and_counts_for_none() -> None:
+    """Spread over equal instances as those requests would be; the router goes on as if nobody had asked."""
+
+    async def run() -> tuple[list[Mapping[str, Any]], bool]:
+        instances = [Instance(three_tokens) for _ in range(2)]
+        async with routed(*instances) as router:
+            before = router.instances.fleet.table[:5].copy()
+            tensors = wire.encode({"text_input": "x" * 400, "control": "suggest", **PROMISE})
+            call = read_call("name", tensors, {}, Caller(), time.monotonic(), math.inf, True)
+            advice = router.dispatcher.suggestion(call)["advice"]
+            return advice, bool((router.instances.fleet.table[:5] == before).all())
+
+    advice, is_unchanged = asyncio.run(run())
+    assert len({each["address"] for each in advice}) == 2
+    assert all(each["may_decline"] for each in advice)
+    assert is_unchanged
+
+
 def test_who_leaves_during_a_hop_is_answered_once_and_frees_the_instance() -> None:
     """The first declined, the second has it: that one sees the cancellation, nobody else is asked."""
 

@@ -517,6 +517,18 @@ def test_a_watcher_hears_loads_until_its_watch_is_over(instance: Bench, monkeypa
     assert json.loads(second.wait().responses[-1]["control_output"][0])["draining"] is True
 
 
+def test_a_watcher_hears_where_a_session_is(instance: Bench) -> None:
+    """For a moment after its round has ended, with as many tokens as are cached."""
+    instance.send(**{**ASKED, "session_id": "talk"}).wait()
+    herald = Herald(instance.meter, {})
+    herald.start()
+    herald.watch(watcher := Caller())
+    herald.close()
+    told = json.loads(watcher.wait().responses[0]["control_output"][0])["sessions"]
+    assert list(told) == ["talk"]
+    assert told["talk"] > ASKED["max_tokens"]
+
+
 def test_a_load_is_plain_numbers(instance: Bench) -> None:
     """numpy's own types do not survive JSON."""
     assert all(value is None or isinstance(value, float) for value in instance.meter.load.to_json().values())

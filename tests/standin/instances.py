@@ -31,6 +31,7 @@ class Instance(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         self.answer = answer
         self.load = replace(IDLE, **load)
         self.draining = False
+        self.sessions: dict[str, int] = {}
         self.asked: list[Mapping[str, Any]] = []
         self.hung_up = asyncio.Event()
         self.address = ""
@@ -54,7 +55,7 @@ class Instance(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
     async def _states(self) -> AsyncIterator[dict[str, Any]]:
         for _ in range(100):
             state = {"load": self.load.to_json(), "engine_age": 0.0, "instance": self.address, "fingerprint": "same"}
-            yield {"control_output": json.dumps({**state, "draining": self.draining})}
+            yield {"control_output": json.dumps({**state, "draining": self.draining, "sessions": self.sessions})}
             await asyncio.sleep(0.02)
 
 
