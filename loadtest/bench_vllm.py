@@ -41,7 +41,7 @@ from . import demo
 from .demo import ServerFailed
 from .play import Caller, Ledger, Record, Shot, play, probe
 from .report import percent
-from .vllm_peer import SCHEDULER, VllmClient, check, peer
+from .vllm_peer import SCHEDULER, VllmClient, check, fast_dtype, peer
 from .workload import Arrival, Limits, Rng, Times, Workload, chatbot, coding, fit, merged, poisson, summarization
 
 PROBES: Final = (32, 128, 512, 1000)  # prompt tokens
@@ -280,7 +280,15 @@ class Setting:
         profile = {"SLOS_SERVE_PROFILE": str(self.scratch / "profile.json")} if ours else {}
         name = f"vllm-{budget}{'-ours' * ours}{'-priority' * priority}.log"
         async with (
-            peer(self.args.vllm_python, self.model, options, self.scratch / name, self.args.port, **profile) as address,
+            peer(
+                self.args.vllm_python,
+                self.model,
+                options,
+                self.scratch / name,
+                self.args.port,
+                self.args.dtype,
+                **profile,
+            ) as address,
             VllmClient(address, ranks) as client,
         ):
             yield client
@@ -295,7 +303,7 @@ class Setting:
         )
         settings = {
             "model": str(self.model.resolve()),
-            "dtype": "bfloat16",
+            "dtype": self.args.dtype,
             "max_draft": 0,
             "kv_cache_mb": 2048,
             "max_batch_requests": self.args.max_requests,
@@ -417,6 +425,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only contenders with this in their name")
     parser.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face folder (default: random, 27 M)")
+    text = "of both engines (default: bfloat16 where the CPU multiplies it, else float32; here %(default)s)"
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=fast_dtype(), help=text)
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the servers' logs here")
     parser.add_argument("--port", type=int, default=0, help="of vLLM's server (default: a free one)")
     parser.add_argument("--budgets", type=int, nargs="+", default=(256, 512), help="token budgets vLLM may have")
