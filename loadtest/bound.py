@@ -130,6 +130,11 @@ def trace_rate(
 
 def trace_share(firsts: Sequence[Turn], profile: Profile, replicas: int) -> float:
     """Share of the sessions that fluid earliest-deadline-first serves in time on `replicas` pooled GPUs."""
+    return 1.0 - len(trace_dropped(firsts, profile, replicas)) / len(firsts)
+
+
+def trace_dropped(firsts: Sequence[Turn], profile: Profile, replicas: int) -> set[int]:
+    """The sessions, by unit, that fluid earliest-deadline-first drops on `replicas` pooled GPUs."""
     works = sorted((work for first in firsts for work in _works(first, profile)), key=lambda work: work.release)
     dropped: set[int] = set()
     deadlines, left, owners = np.empty(0), np.empty(0), np.empty(0, np.int64)
@@ -148,7 +153,7 @@ def trace_share(firsts: Sequence[Turn], profile: Profile, replicas: int) -> floa
             dropped.add(victim)
             kept = owners != victim
             deadlines, left, owners = deadlines[kept], left[kept], owners[kept]
-    return 1.0 - len(dropped) / len(firsts)
+    return dropped
 
 
 def _run(deadlines: Floats, left: Floats, owners: Ints, seconds: float) -> tuple[Floats, Floats, Ints]:

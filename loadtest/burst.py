@@ -2,7 +2,8 @@
 
 Second by second: who attained, by time of arrival, and how many wait for their first token. The steady rate is
 half the Poisson capacity of our planner, the same trace for every policy; baselines run with the parameters
-that were best for the workload under Poisson arrivals.
+that were best for the workload under Poisson arrivals. The bound is what a clairvoyant scheduler could attain of the
+very sessions, as fluid work (`bound`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from .bound import trace_dropped
 from .capacity import kept, rounds
 from .cells import Turn, draw, turns
 from .exam import Cell, Scene, examine, scene
@@ -24,6 +26,13 @@ SECONDS: Final = 12.0
 AFTER: Final = 12.0  # seconds right after the burst that are reported on their own
 ENDS: Final = 150.0
 SEEDS: Final = 20  # traces that are added up
+_OVER: Final = STARTS + SECONDS
+SPANS: Final[Mapping[str, tuple[int, int]]] = {  # seconds
+    "before": (20, int(STARTS)),
+    "inside": (int(STARTS), int(_OVER)),
+    "right after": (int(_OVER), int(_OVER + AFTER)),
+    "later": (int(_OVER + AFTER), int(ENDS)),
+}
 
 
 def burst(cell: Cell, policies: Sequence[str]) -> dict[str, Any]:
@@ -42,7 +51,21 @@ def burst(cell: Cell, policies: Sequence[str]) -> dict[str, Any]:
         "ends_s": STARTS + SECONDS,
         "seeds": SEEDS,
         "policies": timelines,
+        "bound": _bound(scene(steady), base),
     }
+
+
+def _bound(ready: Scene, base: float) -> dict[str, float]:
+    """Shares of the sessions that a clairvoyant scheduler could attain at most, by span."""
+    arrived, attained = np.zeros(int(ENDS)), np.zeros(int(ENDS))
+    for seed in range(SEEDS):
+        firsts = burst_sessions(ready, base, seed)
+        dropped = trace_dropped(firsts, ready.profile, ready.cell.replicas)
+        for first in firsts:
+            second = int(first.request.arrived_at)
+            arrived[second] += 1
+            attained[second] += first.unit not in dropped
+    return _shares(attained, arrived)
 
 
 def burst_sessions(ready: Scene, base: float, seed: int) -> list[Turn]:
@@ -76,17 +99,9 @@ def _timeline(cell: Cell, tuned: Mapping[str, Any], base: float) -> dict[str, An
                 until = outcome.token_times[0] if outcome.token_times else ENDS
                 low, high = np.ceil([outcome.request.arrived_at, until]).astype(int).clip(0, int(ENDS))
                 queued[low:high] += 1
-    over = STARTS + SECONDS
-    spans = {
-        "before": (20.0, STARTS),
-        "inside": (STARTS, over),
-        "right after": (over, over + AFTER),
-        "later": (over + AFTER, ENDS),
-    }
-    shares = {name: _share(attained, arrived, int(low), int(high)) for name, (low, high) in spans.items()}
     return {
         "parameters": tuned["parameters"],
-        "attained": shares,
+        "attained": _shares(attained, arrived),
         "arrived_per_second": (arrived / SEEDS).tolist(),
         "attained_per_second": (attained / SEEDS).tolist(),
         "queue_per_second": (queued / SEEDS).tolist(),
@@ -95,13 +110,16 @@ def _timeline(cell: Cell, tuned: Mapping[str, Any], base: float) -> dict[str, An
 
 def burst_table(found: Mapping[str, Any]) -> str:
     """Who attained what, as text."""
-    names = ("before", "inside", "right after", "later")
     lines = [f"{found['workload']} on {found['profile']}, {found['base_rate']:.3g} per second, then {FACTOR:g}x:"]
-    for policy, timeline in found["policies"].items():
-        shares = ", ".join(f"{name} {100 * timeline['attained'][name]:.1f} %" for name in names)
+    attained = {policy: timeline["attained"] for policy, timeline in found["policies"].items()}
+    for policy, shares_of in {**attained, "bound": found["bound"]}.items():
+        shares = ", ".join(f"{name} {100 * shares_of[name]:.1f} %" for name in SPANS)
         lines.append(f"  {policy:12} {shares}")
     return "\n".join(lines)
 
 
-def _share(attained: np.ndarray[Any, Any], arrived: np.ndarray[Any, Any], low: int, high: int) -> float:
-    return float(attained[low:high].sum() / max(arrived[low:high].sum(), 1))
+def _shares(attained: np.ndarray[Any, Any], arrived: np.ndarray[Any, Any]) -> dict[str, float]:
+    """The share attained of those who arrived in each span, from counts per second."""
+    return {
+        name: float(attained[low:high].sum() / max(arrived[low:high].sum(), 1)) for name, (low, high) in SPANS.items()
+    }

@@ -109,7 +109,8 @@ def test_a_burst_is_five_times_its_surroundings() -> None:
 
 
 def test_a_burst_s_table_names_every_policy() -> None:
-    """A line for each, after what was asked."""
+    """A line for each, after what was asked, and one for what nobody could exceed."""
     shares = {"before": 1.0, "inside": 0.7, "right after": 0.99, "later": 1.0}
-    found = {"workload": "coding", "profile": "p", "base_rate": 2.0, "policies": {"vllm": {"attained": shares}}}
-    assert burst_table(found).splitlines()[1].split()[:3] == ["vllm", "before", "100.0"]
+    about = {"workload": "coding", "profile": "p", "base_rate": 2.0}
+    lines = burst_table({**about, "policies": {"vllm": {"attained": shares}}, "bound": shares}).splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [["vllm", "before", "100.0"], ["bound", "before", "100.0"]]
