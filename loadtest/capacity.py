@@ -67,7 +67,7 @@ def ours(setting: Setting) -> Policy:
 
 
 def _published(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
-    return Scheduler(capabilities, perf, policy=Published(parameters["cap"]))
+    return Scheduler(capabilities, perf, policy=Published(parameters["cap"], bool(parameters["blocks"])))
 
 
 def _vllm(capabilities: Capabilities, perf: PerfModel, parameters: Parameters) -> Planner:
@@ -90,7 +90,9 @@ def _distserve(capabilities: Capabilities, perf: PerfModel, parameters: Paramete
 # What is best most often comes first: the better the first, the sooner the others are ruled out.
 EXAMINED: Final[Mapping[str, Policy]] = {
     "slos_serve": ours(SETTINGS[""]),
-    "slos_serve_paper": Policy(_published, tuple({"cap": cap} for cap in (0.1, 0.06, 0.2, 0.04))),
+    "slos_serve_paper": Policy(
+        _published, tuple({"cap": cap, "blocks": blocks} for cap in (0.1, 0.06, 0.2, 0.04) for blocks in (0.0, 1.0))
+    ),
     "sarathi": Policy(_sarathi, tuple({"budget": budget} for budget in (1024, 512, 256, 2048, 128, 4096))),
     "vllm": Policy(_vllm, tuple({"budget": budget} for budget in (4096, 2048, 8192))),
     "qoserve": Policy(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any, Final
 
 from .admission import Verdict
+from .attainment import BLOCK_TOKENS
 from .jit import compiled
 from .lengths import ACCEPTANCE, expected_length, observe_length
 from .table import (
     ACCEPT,
     ASKED,
     BEST_EFFORT,
+    BLOCK_AT,
+    BLOCK_GAPS,
     CLASS,
     COMPUTED,
     DUE,
@@ -107,6 +110,7 @@ def learn(
             whole[EMITTED, slot] += new
             whole[LEFT, slot] -= new
             stage_ended = advances[i, STAGE_ENDED] != 0
+            end_gaps(real, whole, slot, new, finished_at)
             if stage_ended or whole[STAGE_LEFT, slot] <= new:
                 for token in range(new):
                     pace(real, whole, stage_tokens, stage_tpot, slot, stage_ended and token == new - 1)
@@ -150,11 +154,22 @@ def first_token(real: Any, whole: Any, slot: int, finished_at: float, books: Any
 
 
 @compiled
+def end_gaps(real: Any, whole: Any, slot: int, new: int, finished_at: float) -> None:
+    """`new` tokens end as many gaps, except that none ends with a request's first token; ten are a block."""
+    gaps = whole[BLOCK_GAPS, slot] + new - (whole[EMITTED, slot] == new)
+    if whole[EMITTED, slot] == new or gaps >= BLOCK_TOKENS:
+        real[BLOCK_AT, slot] = finished_at
+    whole[BLOCK_GAPS, slot] = gaps % BLOCK_TOKENS
+
+
+@compiled
 def pace(real: Any, whole: Any, stage_tokens: Any, stage_tpot: Any, slot: int, stage_ended: bool) -> None:
     """One token is out: the next is due one TPOT later, at the pace of the stage it belongs to."""
     whole[STAGE_LEFT, slot] -= 1
     following = whole[STAGE, slot] + 1
     if (stage_ended or whole[STAGE_LEFT, slot] <= 0) and following < whole[STAGES, slot]:
+        real[BLOCK_AT, slot] = real[SERVED, slot]
+        whole[BLOCK_GAPS, slot] = 0
         whole[STAGE, slot] = following
         whole[STAGE_LEFT, slot] = stage_tokens[following, slot]
         real[TPOT, slot] = stage_tpot[following, slot]

@@ -3,8 +3,8 @@
     admission   once, at arrival: dynamic programming over new requests by prefill deadline; a state is the
                 accepted count of each TPOT tier, the memory used and the prefill tokens left over; running
                 requests are forced; who is declined runs best effort for good
-    batch       as long as the tightest resident TPOT allows; decode tokens when their interval has begun;
-                prefill by deadline; best effort from what is left
+    batch       as long as the tightest resident TPOT allows; decode tokens when their interval has begun, which is
+                counted within their block of ten; prefill by deadline; best effort from what is left
     drafts      one length per tier: for every tier as the bottleneck and every length, the others take the
                 shortest that keeps up; the choice with the most prefill tokens per second wins
 
@@ -44,7 +44,7 @@ from .batching import (
 from .drafting import TIERS, tier_drafts, tier_of, tiers_of
 from .jit import compiled
 from .selection import FREE, choose
-from .table import ACCEPT, BEST_EFFORT, DUE, KIND, TPOT, VERDICT
+from .table import ACCEPT, BEST_EFFORT, BLOCK_AT, BLOCK_GAPS, DUE, KIND, TPOT, VERDICT
 from .timemodel import MARGIN, batch_seconds
 
 _UNDECIDED: Final = int(Verdict.UNDECIDED)
@@ -56,9 +56,11 @@ STATES: Final = 256  # of the dynamic program: few requests are new in one step
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """`cap`: longest iteration in seconds."""
+    """`cap`: longest iteration in seconds. `blocks`: a token is due so that the mean of its block of ten is kept, which
+    is how the paper scores; off, it is due by the stage's pace alone and may come anywhere in its interval."""
 
     cap: float = 0.1
+    blocks: bool = True
 
 
 @compiled
@@ -91,26 +93,43 @@ def decide_new(
 
 
 @compiled
-def begun(real: Any, decodes: Any, now: float, period: float) -> Any:
-    """The decodes whose token's interval has begun, or whose token would be late in the next iteration."""
+def dues(real: Any, whole: Any, decodes: Any, blocks: bool) -> Any:
+    """When the next token of each decode is due; with `blocks` no later than its block's mean allows."""
     due = real[DUE][decodes]
+    if blocks:
+        due = np.minimum(due, real[BLOCK_AT][decodes] + (whole[BLOCK_GAPS][decodes] + 1.0) * real[TPOT][decodes])
+    return due
+
+
+@compiled
+def reachable(due: Any, soonest: float) -> float:
+    """The earliest of the due times that are not before `soonest`; infinite without one."""
+    least = np.inf
+    for each in due:
+        if each >= soonest:
+            least = min(least, each)
+    return float(least)
+
+
+@compiled
+def begun(real: Any, decodes: Any, due: Any, now: float, period: float) -> Any:
+    """The decodes whose token's interval has begun, or whose token would be late in the next iteration."""
     return decodes[(due - real[TPOT][decodes] <= now) | (due < now + 2.0 * period)]
 
 
 @compiled
 def published(
     real: Any, whole: Any, active: Any, now: float, perf: Any, limits: Any, batch: Any, evicted: Any, counts: Any,
-    cap: float,
+    cap: float, blocks: float,
 ) -> float:  # fmt: skip
     """One step of the published planner; the arguments are those of `batching.compose`."""
     counts[:] = 0
     n, slots = active.size, whole.shape[1]
     load = np.zeros(LOADS)
     promised, waiting = np.empty(n, np.int64), np.empty(n, np.int64)
-    num_promised, num_waiting, _, first_due, room = classify(
-        real, whole, active, now, perf, limits, promised, waiting, load
-    )
+    num_promised, num_waiting, _, _, room = classify(real, whole, active, now, perf, limits, promised, waiting, load)
     decodes = promised[:num_promised]
+    due = dues(real, whole, decodes, blocks > 0.5)
     accept = 0.0
     for slot in active:
         accept += min(real[ACCEPT, slot], 0.999) / n
@@ -129,8 +148,9 @@ def published(
     period = cap
     if num_promised > 0:
         period, _ = tier_drafts(perf, tpots, numbers, accept, load[CONTEXT], int(limits[MAX_DRAFT]), cap, drafts)
-        period = max(min(period, first_due - now), batch_seconds(perf, load[DECODES], load[CONTEXT], 0.0, 0.0))
-    running = begun(real, decodes, now, period)
+        least = reachable(due, now + batch_seconds(perf, 1.0, 0.0, 0.0, 0.0))
+        period = max(min(period, least - now), batch_seconds(perf, load[DECODES], load[CONTEXT], 0.0, 0.0))
+    running = begun(real, decodes, due, now, period)
     if running.size == 0 and accepted.size == 0:
         running = decodes
 

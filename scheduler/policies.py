@@ -74,7 +74,7 @@ def decide(
     elif loop == _DECODE_FIRST:
         predicted = decode_first(whole, active, perf, limits, batch, evicted, counts, knobs[0])
     elif loop == _PUBLISHED:
-        predicted = published(real, whole, active, now, perf, limits, batch, evicted, counts, knobs[0])
+        predicted = published(real, whole, active, now, perf, limits, batch, evicted, counts, knobs[0], knobs[1])
     else:
         predicted = earliest_due(real, whole, active, now, perf, limits, batch, evicted, counts, knobs[0], knobs[1])
     held = changed = 0

@@ -24,7 +24,8 @@ ACCEPT: Final = 5  # share of its guesses that are accepted
 ASKED: Final = 6  # the caller's estimate of its output tokens; NaN without one
 TRIED: Final = 7  # its own guesses that were verified
 RIGHT: Final = 8  # of them, accepted
-REALS: Final = 9
+BLOCK_AT: Final = 9  # when its current block of gaps began (`attainment.block_attained`)
+REALS: Final = 10
 
 # Columns of `whole`.
 KNOWN: Final = 0  # tokens whose ids are known: prompt and output
@@ -39,7 +40,8 @@ STAGE_LEFT: Final = 8  # output tokens left in the current stage
 STAGE: Final = 9  # index of the current stage
 STAGES: Final = 10  # number of stages
 CLASS: Final = 11  # index of its class
-WHOLES: Final = 12
+BLOCK_GAPS: Final = 12  # gaps of its current block that are over
+WHOLES: Final = 13
 
 # Values of KIND.
 BEST_EFFORT: Final = 0  # promised nothing

@@ -27,6 +27,7 @@ from slos_serve.scheduler import (
     due_times,
     table,
 )
+from slos_serve.scheduler.attainment import block_attained
 from slos_serve.scheduler.simulator import SimulatedEngine, simulate
 
 PERF = PerfModel((Piece(0.010, 2e-5), Piece(0.004, 6e-5)), per_context=3e-8)
@@ -310,6 +311,28 @@ def test_the_published_planner_decides_a_crowd_over_several_steps() -> None:
     assert sum(last.values()) > 60
     assert all(len(each.token_times) == 30 for each in outcomes.values())
     assert [name for name, admitted in last.items() if admitted and not outcomes[name].attained] == []
+
+
+def test_the_published_planner_keeps_the_mean_of_every_block() -> None:
+    """Beside prompts that fill every iteration, whom it admitted gets each ten tokens in ten times the TPOT."""
+    requests = [request(f"r{i}", at=0.05 * i, prompt=300, new=95, ttft=1.0, tpot=0.05) for i in range(100)]
+
+    def kept(blocks: bool) -> float:
+        last: dict[str, bool] = {}
+        outcomes = simulate(
+            requests,
+            {each.id: 95 for each in requests},
+            Scheduler(CAPS, PERF, policy=Published(blocks=blocks)),
+            SimulatedEngine(CAPS, PERF),
+            on_step=lambda plan, _: last.update({each.request_id: each.admitted for each in plan.decisions}),
+        )
+        admitted = [outcomes[name] for name, admitted in last.items() if admitted]
+        assert len(admitted) > 10
+        judged = [block_attained(e.request.stages, [95], e.request.arrived_at, e.token_times) for e in admitted]
+        return sum(judged) / len(judged)
+
+    assert kept(blocks=True) > 0.98
+    assert kept(blocks=False) < 0.8
 
 
 def test_a_class_whose_guesses_failed_is_tried_again() -> None:
