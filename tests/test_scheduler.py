@@ -315,24 +315,24 @@ def test_the_published_planner_decides_a_crowd_over_several_steps() -> None:
 
 def test_the_published_planner_keeps_the_mean_of_every_block() -> None:
     """Beside prompts that fill every iteration, whom it admitted gets each ten tokens in ten times the TPOT."""
-    requests = [request(f"r{i}", at=0.05 * i, prompt=300, new=95, ttft=1.0, tpot=0.05) for i in range(100)]
+    requests = [request(f"r{i}", at=0.05 * i, prompt=600, new=35, ttft=1.0, tpot=0.05) for i in range(40)]
 
     def kept(blocks: bool) -> float:
         last: dict[str, bool] = {}
         outcomes = simulate(
             requests,
-            {each.id: 95 for each in requests},
+            {each.id: 35 for each in requests},
             Scheduler(CAPS, PERF, policy=Published(blocks=blocks)),
             SimulatedEngine(CAPS, PERF),
             on_step=lambda plan, _: last.update({each.request_id: each.admitted for each in plan.decisions}),
         )
         admitted = [outcomes[name] for name, admitted in last.items() if admitted]
         assert len(admitted) > 10
-        judged = [block_attained(e.request.stages, [95], e.request.arrived_at, e.token_times) for e in admitted]
+        judged = [block_attained(e.request.stages, [35], e.request.arrived_at, e.token_times) for e in admitted]
         return sum(judged) / len(judged)
 
-    assert kept(blocks=True) > 0.98
-    assert kept(blocks=False) < 0.8
+    assert kept(blocks=True) == 1.0
+    assert kept(blocks=False) < 0.5
 
 
 def test_a_class_whose_guesses_failed_is_tried_again() -> None:
