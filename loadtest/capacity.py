@@ -91,7 +91,7 @@ def _distserve(capabilities: Capabilities, perf: PerfModel, parameters: Paramete
 EXAMINED: Final[Mapping[str, Policy]] = {
     "slos_serve": ours(SETTINGS[""]),
     "slos_serve_paper": Policy(
-        _published, tuple({"cap": cap, "blocks": blocks} for cap in (0.1, 0.06, 0.2, 0.04) for blocks in (0.0, 1.0))
+        _published, tuple({"cap": cap, "blocks": blocks} for cap in (0.1, 0.06, 0.2, 0.04) for blocks in (1.0, 0.0))
     ),
     "sarathi": Policy(_sarathi, tuple({"budget": budget} for budget in (1024, 512, 256, 2048, 128, 4096))),
     "vllm": Policy(_vllm, tuple({"budget": budget} for budget in (4096, 2048, 8192))),

@@ -48,8 +48,9 @@ FEW: Final = 8
 HOLD_STEP: Final = 0.01  # seconds between two looks at a request that is kept back
 HOLD_SECONDS: Final = 0.05  # and how long at most
 PER_REPLICA: Final = 4.5  # sessions per second where a search begins
-GALLOP: Final = 1.25
-CLOSE: Final = 1.13  # rates this close together are interpolated between
+GALLOP: Final = 2  # points of the grid that a search strides first
+CLOSE: Final = 1.1  # from one rate to the next; between them is interpolated
+LEAST_RATE: Final = 0.01
 
 
 @dataclass(slots=True)
@@ -395,26 +396,30 @@ def attainment(scenario: Scenario, policy: str, rate: float, seed: int) -> float
 
 
 def capacity(share: Callable[[float], float], guess: float) -> float:
-    """The rate at which TARGET of the sessions attain: bracketed from `guess` on, halved, then interpolated."""
-    low, high = _bracket(share, guess)
-    while high[0] / low[0] > CLOSE:
-        rate = math.sqrt(low[0] * high[0])
-        found = (rate, share(rate))
-        low, high = (found, high) if found[1] >= TARGET else (low, found)
-    part = (low[1] - TARGET) / max(low[1] - high[1], 1e-9)
-    return float(low[0] * (high[0] / low[0]) ** part)
+    """The rate at which TARGET of the sessions attain, interpolated between two neighbours of a grid of rates.
 
+    The grid (powers of CLOSE) is the same for all policies, so that none is luckier with the rates it meets. 0 where
+    even LEAST_RATE is too much.
+    """
+    found: dict[int, float] = {}
 
-def _bracket(share: Callable[[float], float], guess: float) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Two rates with what attains at them: the lower one keeps TARGET, the higher one does not. Steps grow."""
-    here = (guess, share(guess))
-    step = GALLOP if here[1] >= TARGET else 1 / GALLOP
-    while True:
-        rate = here[0] * step
-        there = (rate, share(rate))
-        if (there[1] >= TARGET) != (here[1] >= TARGET):
-            return (here, there) if step > 1 else (there, here)
-        here, step = there, min(max(step * step, 0.5), 2.0)
+    def at(point: int) -> float:
+        if point not in found:
+            found[point] = share(CLOSE**point)
+        return found[point]
+
+    low = high = round(math.log(guess) / math.log(CLOSE))
+    step = GALLOP
+    while at(high) >= TARGET:
+        low, high, step = high, high + step, min(2 * step, 8)
+    while at(low) < TARGET:
+        if CLOSE**low < LEAST_RATE:
+            return 0.0
+        low, high, step = low - step, low, min(2 * step, 8)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if at(middle) >= TARGET else (low, middle)
+    return float(CLOSE ** (low + (at(low) - TARGET) / max(at(low) - at(high), 1e-9)))
 
 
 def decision_micros(count: int, few: int = 0, repeats: int = 400) -> float:
