@@ -16,7 +16,7 @@ import torch
 from .attention import Ints, Span
 from .crew import run
 from .lanes import WIDTH
-from .packed import Floats, PackedLinear, as_array
+from .packed import Floats, PackedLinear
 from .paged_kernel import TILE, attend, place
 from .product_kernel import add_norm, gate
 
@@ -25,7 +25,7 @@ _NO_TURNS = np.empty((0, 2, 0), np.float32)
 
 
 class CpuCache:
-    """Keys and values of all layers, laid out as `paged_kernel` says. Never reads what was not written."""
+    """Keys and values of all layers, laid out as `paged_kernel` says."""
 
     def __init__(
         self, layers: int, kv_heads: int, head_dim: int, num_blocks: int, block_tokens: int, dtype: torch.dtype
@@ -33,11 +33,12 @@ class CpuCache:
         self.kv_heads, self.head_dim, self.block_tokens = kv_heads, head_dim, block_tokens
         size = num_blocks * kv_heads * block_tokens
         kind = np.int16 if dtype == torch.bfloat16 else np.float32
-        self.keys = np.zeros((layers, size * head_dim), kind)
-        self.values = np.zeros((layers, size * -(-head_dim // WIDTH) * WIDTH), kind)
+        # not np.zeros: numpy asks for large pages only here, and they are needed to read at the memory's speed
+        self.keys = np.empty((layers, size * head_dim), kind)
+        self.values = np.empty((layers, size * -(-head_dim // WIDTH) * WIDTH), kind)
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Fresh blocks need no clearing here."""
+        """What a block held before is never read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ class CpuDecoder:
 
 
 def _floats(norm: Any) -> Floats:
-    return _NOTHING if norm is None else as_array(norm.weight.float())
+    return _NOTHING if norm is None else norm.weight.detach().float().numpy()
 
 
 def _turns(rotary: Any, positions: int, head_dim: int) -> Floats:

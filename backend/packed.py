@@ -21,15 +21,18 @@ class PackedLinear(torch.nn.Module):
     `weight` is [outputs / 16, inputs, 16]; outputs are padded with zeros. Not for training.
     """
 
+    _strips: npt.NDArray[Any]  # the same memory, flat; numpy's, since numpy asks for large pages
+
     def __init__(self, *parts: torch.nn.Linear) -> None:
         super().__init__()
         weight = torch.cat([part.weight.detach() for part in parts])
         self.inputs, self.outputs = weight.shape[1], len(weight)
         self.columns = -(-self.outputs // WIDTH) * WIDTH
         weight = torch.nn.functional.pad(weight, (0, 0, 0, self.columns - self.outputs))
-        strips = weight.view(-1, WIDTH, self.inputs).transpose(1, 2).contiguous()
+        self._strips = np.empty(weight.numel(), np.int16 if weight.dtype == torch.bfloat16 else np.float32)
+        strips = torch.from_numpy(self._strips).view(weight.dtype).view(-1, self.inputs, WIDTH)
+        strips.copy_(weight.view(-1, WIDTH, self.inputs).transpose(1, 2))
         self.weight = torch.nn.Parameter(strips, requires_grad=False)
-        self._strips = as_array(strips)
         biases = [part.bias.detach().float() for part in parts if part.bias is not None]
         self._bias: Floats | None = None
         if biases:
@@ -51,13 +54,6 @@ class PackedLinear(torch.nn.Module):
         self.multiply(flat.numpy().reshape(-1), len(flat), out)
         result = torch.from_numpy(out).view(-1, self.columns)[:, : self.outputs]
         return result.to(x.dtype).view(*x.shape[:-1], self.outputs)
-
-
-def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """A contiguous tensor's memory as a flat array; bfloat16 numbers as int16."""
-    flat = tensor.detach().reshape(-1)
-    array: npt.NDArray[Any] = (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
-    return array
 
 
 def pack_linear(model: torch.nn.Module) -> None:

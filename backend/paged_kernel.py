@@ -143,33 +143,43 @@ def _score(
     query: Any, blocks: Any, keys: Any, scores: Any,
     rows: int, end: int, head: int, kv_heads: int, head_dim: int, block_tokens: int,
 ) -> None:  # fmt: skip
-    """scores[rows, keys padded to 16] = query[rows, head dim] times keys; an even number of rows."""
-    count = -(-end // WIDTH)
-    stride = count * WIDTH
-    for step in range(count):
+    """scores[rows, keys padded to 16] = query[rows, head dim] times keys: four rows and a step, or two and two steps."""
+    last = -(-end // WIDTH) - 1
+    stride = (last + 1) * WIDTH
+    pair = rows - rows % 4
+    for step in range(last + 1 if pair else 0):
         at = _key_at(blocks, step, head, kv_heads, head_dim, block_tokens)
-        ahead = _key_at(blocks, min(step + _AHEAD, count - 1), head, kv_heads, head_dim, block_tokens)
-        for row in range(0, rows, 4):
+        ahead = _key_at(blocks, min(step + _AHEAD, last), head, kv_heads, head_dim, block_tokens)
+        for row in range(0, pair, 4):
             a = b = c = d = splat(np.float32(0))
             from_0, to = row * head_dim, row * stride + step * WIDTH
             from_1, from_2, from_3 = from_0 + head_dim, from_0 + 2 * head_dim, from_0 + 3 * head_dim
-            if rows - row == 2:
-                for index in range(0, head_dim * block_tokens, block_tokens):
-                    prefetch(keys, ahead + index)
-                    key = load(keys, at + index)
-                    a, b = fma(spread(query, from_0), key, a), fma(spread(query, from_1), key, b)
-                    from_0, from_1 = from_0 + 1, from_1 + 1
-            else:
-                for index in range(0, head_dim * block_tokens, block_tokens):
-                    prefetch(keys, ahead + index)
-                    key = load(keys, at + index)
-                    a, b = fma(spread(query, from_0), key, a), fma(spread(query, from_1), key, b)
-                    c, d = fma(spread(query, from_2), key, c), fma(spread(query, from_3), key, d)
-                    from_0, from_1, from_2, from_3 = from_0 + 1, from_1 + 1, from_2 + 1, from_3 + 1
-                store(scores, to + 2 * stride, c)
-                store(scores, to + 3 * stride, d)
+            for index in range(head_dim):
+                prefetch(keys, ahead + index * block_tokens)
+                key = load(keys, at + index * block_tokens)
+                a, b = fma(spread(query, from_0 + index), key, a), fma(spread(query, from_1 + index), key, b)
+                c, d = fma(spread(query, from_2 + index), key, c), fma(spread(query, from_3 + index), key, d)
             store(scores, to, a)
             store(scores, to + stride, b)
+            store(scores, to + 2 * stride, c)
+            store(scores, to + 3 * stride, d)
+    for step in range(0, last + 1 if pair < rows else 0, 2):
+        more = min(step + 1, last)
+        at = _key_at(blocks, step, head, kv_heads, head_dim, block_tokens)
+        at_more = _key_at(blocks, more, head, kv_heads, head_dim, block_tokens)
+        ahead = _key_at(blocks, min(step + _AHEAD, last), head, kv_heads, head_dim, block_tokens)
+        ahead_more = _key_at(blocks, min(more + _AHEAD, last), head, kv_heads, head_dim, block_tokens)
+        a = b = c = d = splat(np.float32(0))
+        for index in range(head_dim):
+            prefetch(keys, ahead + index * block_tokens)
+            prefetch(keys, ahead_more + index * block_tokens)
+            key, key_more = load(keys, at + index * block_tokens), load(keys, at_more + index * block_tokens)
+            one, two = spread(query, pair * head_dim + index), spread(query, (pair + 1) * head_dim + index)
+            a, b, c, d = fma(one, key, a), fma(two, key, b), fma(one, key_more, c), fma(two, key_more, d)
+        store(scores, pair * stride + step * WIDTH, a)
+        store(scores, (pair + 1) * stride + step * WIDTH, b)
+        store(scores, pair * stride + more * WIDTH, c)
+        store(scores, (pair + 1) * stride + more * WIDTH, d)
 
 
 @compiled
@@ -183,16 +193,21 @@ def _key_at(blocks: Any, step: int, head: int, kv_heads: int, head_dim: int, blo
 def _weigh(scores: Any, at: int, seen: int, end: int) -> Any:
     """Turn a row's scores into weights, those after the `seen` first into zero; the sum of the weights."""
     lowest, nothing = splat(np.float32(-np.inf)), splat(np.float32(0))
-    most = lowest
-    for key in range(0, seen, WIDTH):
-        most = larger(most, first(seen - key, load(scores, at + key), lowest))
-    top, sums = splat(largest(most)), nothing
-    for key in range(0, seen, WIDTH):
-        weight = first(seen - key, exponential(sub(load(scores, at + key), top)), nothing)
-        store(scores, at + key, weight)
+    whole, sums = at + seen // WIDTH * WIDTH, nothing
+    most = first(seen % WIDTH, load(scores, whole), lowest) if seen % WIDTH else lowest
+    for here in range(at, whole, WIDTH):
+        most = larger(most, load(scores, here))
+    top = splat(largest(most))
+    for here in range(at, whole, WIDTH):
+        weight = exponential(sub(load(scores, here), top))
+        store(scores, here, weight)
         sums = add(sums, weight)
-    for key in range(-(-seen // WIDTH) * WIDTH, end, WIDTH):
-        store(scores, at + key, nothing)
+    if seen % WIDTH:
+        weight = first(seen % WIDTH, exponential(sub(load(scores, whole), top)), nothing)
+        store(scores, whole, weight)
+        sums = add(sums, weight)
+    for here in range(at - (-seen // WIDTH) * WIDTH, at + end, WIDTH):
+        store(scores, here, nothing)
     return total(sums)
 
 
@@ -201,46 +216,46 @@ def _sum(
     weights: Any, blocks: Any, values: Any, sums: Any,
     rows: int, end: int, head: int, kv_heads: int, padded: int, block_tokens: int,
 ) -> None:  # fmt: skip
-    """sums[rows, head dim padded to 16] += weights[rows, keys padded to 16] times values; an even number of rows."""
-    count = -(-end // WIDTH)
-    stride = count * WIDTH
-    for step in range(count):
+    """sums[rows, head dim padded to 16] += weights[rows, keys padded to 16] times values, likewise."""
+    last = -(-end // WIDTH) - 1
+    stride = (last + 1) * WIDTH
+    pair = rows - rows % 4
+    for step in range(last + 1):
         at = _value_at(blocks, step, head, kv_heads, padded, block_tokens)
-        ahead = _value_at(blocks, min(step + _AHEAD, count - 1), head, kv_heads, padded, block_tokens) - at
+        ahead = _value_at(blocks, min(step + _AHEAD, last), head, kv_heads, padded, block_tokens) - at
         keys = min(WIDTH, end - step * WIDTH)
-        for row in range(0, rows, 4):
+        for row in range(0, pair, 4):
             from_0 = row * stride + step * WIDTH
             from_1, from_2, from_3 = from_0 + stride, from_0 + 2 * stride, from_0 + 3 * stride
             for lane in range(0, padded, WIDTH):
                 here, to = at + lane, row * padded + lane
                 a, b = load(sums, to), load(sums, to + padded)
-                if rows - row == 2:
-                    for key in range(keys):
-                        prefetch(values, here + ahead)
-                        value = load(values, here)
-                        a, b = (
-                            fma(spread(weights, from_0 + key), value, a),
-                            fma(spread(weights, from_1 + key), value, b),
-                        )
-                        here += padded
-                else:
-                    c, d = load(sums, to + 2 * padded), load(sums, to + 3 * padded)
-                    for key in range(keys):
-                        prefetch(values, here + ahead)
-                        value = load(values, here)
-                        a, b = (
-                            fma(spread(weights, from_0 + key), value, a),
-                            fma(spread(weights, from_1 + key), value, b),
-                        )
-                        c, d = (
-                            fma(spread(weights, from_2 + key), value, c),
-                            fma(spread(weights, from_3 + key), value, d),
-                        )
-                        here += padded
-                    store(sums, to + 2 * padded, c)
-                    store(sums, to + 3 * padded, d)
+                c, d = load(sums, to + 2 * padded), load(sums, to + 3 * padded)
+                for key in range(keys):
+                    prefetch(values, here + ahead)
+                    value = load(values, here)
+                    a, b = fma(spread(weights, from_0 + key), value, a), fma(spread(weights, from_1 + key), value, b)
+                    c, d = fma(spread(weights, from_2 + key), value, c), fma(spread(weights, from_3 + key), value, d)
+                    here += padded
                 store(sums, to, a)
                 store(sums, to + padded, b)
+                store(sums, to + 2 * padded, c)
+                store(sums, to + 3 * padded, d)
+        for lane in range(0, padded if pair < rows else 0, 2 * WIDTH):
+            from_0, here, to = pair * stride + step * WIDTH, at + lane, pair * padded + lane
+            more = min(WIDTH, padded - lane - WIDTH)
+            a, b, c, d = load(sums, to), load(sums, to + padded), load(sums, to + more), load(sums, to + more + padded)
+            for key in range(keys):
+                prefetch(values, here + ahead)
+                prefetch(values, here + ahead + more)
+                value, value_more = load(values, here), load(values, here + more)
+                one, two = spread(weights, from_0 + key), spread(weights, from_0 + stride + key)
+                a, b, c, d = fma(one, value, a), fma(two, value, b), fma(one, value_more, c), fma(two, value_more, d)
+                here += padded
+            store(sums, to, a)
+            store(sums, to + padded, b)
+            store(sums, to + more, c)
+            store(sums, to + more + padded, d)
 
 
 @compiled
