@@ -143,7 +143,7 @@ def _score(
     query: Any, blocks: Any, keys: Any, scores: Any,
     rows: int, end: int, head: int, kv_heads: int, head_dim: int, block_tokens: int,
 ) -> None:  # fmt: skip
-    """scores[rows, keys padded to 16] = query[rows, head dim] times keys: four rows and a step, or two and two steps."""
+    """scores[rows, keys padded to 16] = query[rows, head dim] times keys: four rows at a time, or two in two steps."""
     last = -(-end // WIDTH) - 1
     stride = (last + 1) * WIDTH
     pair = rows - rows % 4
@@ -216,7 +216,7 @@ def _sum(
     weights: Any, blocks: Any, values: Any, sums: Any,
     rows: int, end: int, head: int, kv_heads: int, padded: int, block_tokens: int,
 ) -> None:  # fmt: skip
-    """sums[rows, head dim padded to 16] += weights[rows, keys padded to 16] times values, likewise."""
+    """sums[rows, head dim padded to 16] += weights[rows, keys padded to 16] times values."""
     last = -(-end // WIDTH) - 1
     stride = (last + 1) * WIDTH
     pair = rows - rows % 4
