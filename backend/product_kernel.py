@@ -16,39 +16,41 @@ import numpy as np
 from .lanes import WIDTH, add, compiled, div, exponential, fma, load, mul, prefetch, splat, spread, store, sub, total
 
 _PANEL: Final = 256  # inputs of a strip that stay in the nearest cache: 16 KiB
+_ROWS: Final = 1 << 16  # numbers of `x` that stay in the second: 256 KiB
 
 
 @compiled
 def multiply(x: Any, strips: Any, out: Any, rows: int, inputs: int, columns: int, start: int, end: int) -> None:
     """out[rows, columns] = x[rows, inputs] times weights, all flat, for the strips from `start` to `end`."""
-    # while one panel meets the rows, each four of them ask for their part of the next
-    step = max(1, WIDTH // -(-rows // 4))
-    for strip in range(start, end):
-        for low in range(0, inputs, _PANEL):
-            high = min(low + _PANEL, inputs)
-            at, ahead = (strip * inputs + low) * WIDTH, (strip * inputs + high) * WIDTH
-            for row in range(0, rows, 4):
-                # rows that are missing repeat the last: they are stored more than once
-                row_1, row_2, row_3 = min(row + 1, rows - 1), min(row + 2, rows - 1), min(row + 3, rows - 1)
-                at_0, at_1 = row * columns + strip * WIDTH, row_1 * columns + strip * WIDTH
-                at_2, at_3 = row_2 * columns + strip * WIDTH, row_3 * columns + strip * WIDTH
-                if low == 0:
-                    a = b = c = d = splat(np.float32(0))
-                else:
-                    a, b, c, d = load(out, at_0), load(out, at_1), load(out, at_2), load(out, at_3)
-                x_0, x_1, x_2, x_3 = row * inputs, row_1 * inputs, row_2 * inputs, row_3 * inputs
-                for index in range(low, high):
-                    prefetch(strips, ahead)
-                    weight = load(strips, at + (index - low) * WIDTH)
-                    ahead += step
-                    a = fma(spread(x, x_0 + index), weight, a)
-                    b = fma(spread(x, x_1 + index), weight, b)
-                    c = fma(spread(x, x_2 + index), weight, c)
-                    d = fma(spread(x, x_3 + index), weight, d)
-                store(out, at_0, a)
-                store(out, at_1, b)
-                store(out, at_2, c)
-                store(out, at_3, d)
+    height = max(4, _ROWS // inputs // 4 * 4)
+    for top in range(0, rows, height):
+        bottom = min(top + height, rows)
+        # while one panel meets the rows, each four of them ask for their part of the next
+        step = max(1, WIDTH // -(-(bottom - top) // 4))
+        for strip in range(start, end):
+            for low in range(0, inputs, _PANEL):
+                high = min(low + _PANEL, inputs)
+                at, ahead = (strip * inputs + low) * WIDTH, (strip * inputs + high) * WIDTH
+                for row in range(top, bottom, 4):
+                    # rows that are missing repeat the last: they are stored more than once
+                    row_1, row_2, row_3 = min(row + 1, bottom - 1), min(row + 2, bottom - 1), min(row + 3, bottom - 1)
+                    to_0, to_1 = row * columns + strip * WIDTH, row_1 * columns + strip * WIDTH
+                    to_2, to_3 = row_2 * columns + strip * WIDTH, row_3 * columns + strip * WIDTH
+                    if low == 0:
+                        a = b = c = d = splat(np.float32(0))
+                    else:
+                        a, b, c, d = load(out, to_0), load(out, to_1), load(out, to_2), load(out, to_3)
+                    x_0, x_1, x_2, x_3 = row * inputs, row_1 * inputs, row_2 * inputs, row_3 * inputs
+                    for index in range(low, high):
+                        prefetch(strips, ahead)
+                        weight = load(strips, at + (index - low) * WIDTH)
+                        ahead += step
+                        a, b = fma(spread(x, x_0 + index), weight, a), fma(spread(x, x_1 + index), weight, b)
+                        c, d = fma(spread(x, x_2 + index), weight, c), fma(spread(x, x_3 + index), weight, d)
+                    store(out, to_0, a)
+                    store(out, to_1, b)
+                    store(out, to_2, c)
+                    store(out, to_3, d)
 
 
 @compiled

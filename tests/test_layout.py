@@ -38,7 +38,7 @@ CONFINED = {
     "llvmlite": {"backend/lanes.py"},
     "locust": {"loadtest/locustfile.py"},
     "tensorrt_llm": {"backend/trtllm_scheduler.py"},
-    "vllm": {"backend/vllm_scheduler.py"},
+    "vllm": {"backend/vllm_scheduler.py", "backend/vllm_steps.py"},
 }
 
 
