@@ -5,7 +5,8 @@
 Everything is measured in one run, each time the least of a few repeats, and shown as ratios, so that a
 slow or busy machine slows both sides. The bound is the longer of moving all weights and keys once, at the
 bandwidth with which so many bytes are read again and again (what fits into a cache is read from there), and of
-computing all products at the rate of a large product, PyTorch's or ours, whichever is faster.
+computing all products at the rate of a large product, PyTorch's or ours, whichever is faster. "x parts" is
+against the sum of that for the products with weights and for attention, which no single thread does at once.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PROMPT_TOKENS: Final = 128
 NEW_TOKENS: Final = 64
 STREAMS: Final = (1, 8)
 BLOCK_TOKENS: Final = 16
-HEADER: Final = f"{'ms':>8} {'tokens/s':>9} {'x bound':>8}"
+HEADER: Final = f"{'ms':>8} {'tokens/s':>9} {'x bound':>8} {'x parts':>8}"
 VLLM: Final = f" {'vLLM ms':>8} {'/ ours':>8}"
 
 
@@ -97,6 +98,7 @@ def _vllm_steps(folder: Path, args: argparse.Namespace) -> Mapping[str, Mapping[
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: Mapping[str, Mapping[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    print(f"vLLM kept {found['cores']['busy']:.2f} cores busy")
     return found
 
 
@@ -119,11 +121,16 @@ class Machine:
         products = (_parameters(model) - head) * tokens + head * (tokens if rows is None else rows)
         return (2 * products + attention) / self.rate
 
-    def bound(self, model: LoadedModel, tokens: int, pairs: int, kv_tokens: int, rows: int) -> float:
-        """Least seconds for a batch of `tokens` with `pairs` of query and key, over `kv_tokens` keys in all."""
+    def bounds(self, model: LoadedModel, tokens: int, pairs: int, kv_tokens: int, rows: int) -> tuple[float, float]:
+        """Least seconds for a batch of `tokens` with `pairs` of query and key, over `kv_tokens` keys in all.
+
+        First when all reading and all computing overlap, then when products and attention follow each other.
+        """
         moved = _parameters(model) * model.dtype.itemsize + kv_tokens * model.kv_bytes_per_token
-        reached = replace(self, bandwidth=max(self.bandwidth, _bandwidth_of(moved)))
-        return max(reached.reading(model, kv_tokens), self.computing(model, tokens, pairs, rows))
+        best = replace(self, bandwidth=max(self.bandwidth, _bandwidth_of(moved, model.device)))
+        weights, keys = best.reading(model, 0), kv_tokens * model.kv_bytes_per_token / best.bandwidth
+        products, attention = self.computing(model, tokens, 0, rows), self.computing(model, 0, pairs, 0)
+        return max(weights + keys, products + attention), max(weights, products) + max(keys, attention)
 
 
 def measure_machine(model: LoadedModel, repeats: int, numbers: int = 1 << 26, side: int = 1024) -> Machine:
@@ -135,30 +142,30 @@ def measure_machine(model: LoadedModel, repeats: int, numbers: int = 1 << 26, si
     reading = _least_seconds(lambda: large.sum().item(), repeats)
     computing = _least_seconds(lambda: (square @ square)[0, 0].item(), repeats)
     if model.device.type == "cpu":
-        computing = min(computing, _own_product(model, side, repeats))
+        computing = min(computing, _own_product(side, repeats))
     return Machine(large.nbytes / reading, 2 * side**3 / computing)
 
 
-def _own_product(model: LoadedModel, side: int, repeats: int) -> float:
+def _own_product(side: int, repeats: int) -> float:
     import torch
 
     from .packed import PackedLinear
 
-    packed = PackedLinear(torch.nn.Linear(side, side, bias=False, dtype=model.dtype))
+    packed = PackedLinear(torch.nn.Linear(side, side, bias=False))
     square = torch.ones(side, side)
     return _least_seconds(lambda: packed(square), repeats)
 
 
-def _bandwidth_of(moved: int) -> float:
+def _bandwidth_of(moved: int, device: torch.device) -> float:
     """Bytes per second when a power of two of bytes, the next below `moved`, is read again and again."""
-    return _bandwidth(max(1 << 20, 1 << (moved.bit_length() - 1)))
+    return _bandwidth(max(1 << 20, 1 << (moved.bit_length() - 1)), device)
 
 
 @lru_cache(maxsize=32)
-def _bandwidth(size: int, repeats: int = 9) -> float:
+def _bandwidth(size: int, device: torch.device, repeats: int = 9) -> float:
     import torch
 
-    numbers = torch.ones(size // 4)
+    numbers = torch.ones(size // 4, device=device)
     return size / _least_seconds(lambda: numbers.sum().item(), repeats)
 
 
@@ -252,9 +259,9 @@ def _print_steps(
         batch = dict.fromkeys(names[:count], 1)
         seconds, forward = min((bench.step(batch), bench.forward_seconds) for _ in range(args.repeats + 1))
         single = single or seconds / count
-        bound = machine.bound(model, count, count * context, count * context, count)
+        bounds = machine.bounds(model, count, count * context, count * context, count)
         print(
-            _line(count, seconds, count, bound) + f" {seconds / (single * count):9.2f} {1 - forward / seconds:8.1%}"
+            _line(count, seconds, bounds) + f" {seconds / (single * count):9.2f} {1 - forward / seconds:8.1%}"
             + _beside(vllm, "decodes", count, seconds)
         )  # fmt: skip
     for name in names:
@@ -262,8 +269,8 @@ def _print_steps(
     print(f"\n{'prompt tokens':>24} {HEADER}" + VLLM * bool(vllm))
     for count in (count for count in args.prompts if count < room):
         seconds = min(_prefill(bench, model, count, seed) for seed in range(1, args.repeats + 2))
-        bound = machine.bound(model, count, count * count // 2, count, 1)
-        print(_line(count, seconds, count, bound) + _beside(vllm, "prompts", count, seconds))
+        bounds = machine.bounds(model, count, count * count // 2, count, 1)
+        print(_line(count, seconds, bounds) + _beside(vllm, "prompts", count, seconds))
 
 
 def _beside(vllm: Mapping[str, Mapping[str, float]], kind: str, count: int, seconds: float) -> str:
@@ -282,8 +289,9 @@ def _prefill(bench: _Bench, model: LoadedModel, tokens: int, seed: int) -> float
     return seconds
 
 
-def _line(label: object, seconds: float, tokens: int, bound: float) -> str:
-    return f"{label:>24} {seconds * 1e3:8.2f} {tokens / seconds:9.0f} {seconds / bound:8.2f}"
+def _line(tokens: int, seconds: float, bounds: Sequence[float]) -> str:
+    ratios = "".join(f" {seconds / bound:8.2f}" for bound in bounds)
+    return f"{tokens:>24} {seconds * 1e3:8.2f} {tokens / seconds:9.0f}{ratios}"
 
 
 def _print_generate(model: LoadedModel, folder: Path, repeats: int) -> None:

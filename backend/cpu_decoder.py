@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -76,9 +77,10 @@ def pack(spans: Sequence[Span], cache: CpuCache, heads_per_kv: int) -> CpuBatch:
     starts = np.array([span.start for span in spans])
     firsts = np.cumsum(lengths) - lengths
     ends = starts + lengths
-    table = np.zeros((len(spans), -(-int(ends.max()) // size)), np.int64)
-    for row, span, used in zip(table, spans, (-(-ends // size)).tolist(), strict=True):
-        row[:used] = span.blocks[:used]
+    used = -(-ends // size)
+    blocks = chain.from_iterable(span.blocks[:count] for span, count in zip(spans, used.tolist(), strict=True))
+    table = np.zeros((len(spans), int(used.max())), np.int64)
+    table[np.arange(table.shape[1]) < used[:, None]] = np.fromiter(blocks, np.int64, int(used.sum()))
     owner = np.repeat(np.arange(len(spans)), lengths)
     positions = np.arange(len(owner)) - (firsts - starts)[owner]
     slots = table[owner, positions // size] * size + positions % size

@@ -1,7 +1,7 @@
 """A language model from a local Hugging Face folder, and its forward pass over a paged KV cache.
 
 Nothing is ever downloaded. Whatever is wrong with a folder is told with the name of the file and what to
-do. Model code and weights are those of transformers; only the attention is ours.
+do. Weights are those of transformers, and model code where the family is not known to ours.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class PagedModel:
         self, loaded: LoadedModel, num_blocks: int, block_tokens: int, *,
         max_requests: int = 0, kernel: Kernel | None = None,
     ) -> None:  # fmt: skip
-        """`kernel`: attention of one call a layer; None takes PyTorch's on a GPU whose cache it can page, else
-        keys are gathered. With a kernel, decodes of up to `max_requests` requests run as CUDA graphs.
+        """`kernel`: attention of one call a layer; None takes PyTorch's on a GPU whose cache it can page, our own on
+        a CPU, and else gathers keys. With a kernel, decodes of up to `max_requests` requests run as CUDA graphs.
         """
         self.loaded = loaded
         if kernel is None and _takes_cpu_kernels(loaded, block_tokens):
@@ -110,6 +110,8 @@ class PagedModel:
             decoder = CpuDecoder(loaded.model, loaded.num_heads, loaded.kv_heads, loaded.head_dim, positions)
         pack_linear(loaded.model)
         self._compute = partial(self._compute_on_cpu, cache, decoder)
+        with torch.inference_mode():  # now, not with the first request, the kernels are compiled or found on disk
+            self.forward([Span(np.zeros(1, np.int64), 0, [0])], [0])
 
     def _compute_on_cpu(
         self, cache: CpuCache, decoder: CpuDecoder | None, spans: Sequence[Span], rows: Sequence[int]
@@ -220,6 +222,7 @@ def random_model(config: Any, *, dtype: torch.dtype, device: torch.device | str,
 
 
 def _takes_cpu_kernels(loaded: LoadedModel, block_tokens: int) -> bool:
+    """Whether `cpu_decoder` serves it: sixteen keys of a block meet a query at once."""
     return loaded.device.type == "cpu" and loaded.dtype in (torch.float32, torch.bfloat16) and block_tokens % 16 == 0
 
 

@@ -3,7 +3,8 @@
     ENV/bin/python vllm_steps.py FOLDER --dtype bfloat16 --threads 1 --context 512 --decodes 1 8 --prompts 256
 
 Runs by its path in vLLM's own environment and imports nothing of this package. Prints one JSON object: least
-seconds of an iteration of so many decodes, and of one prompt of so many tokens. Prefix caching is off.
+seconds of an iteration of so many decodes, and of one prompt of so many tokens, and how many cores were busy
+meanwhile. Prefix caching is off.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {
         "decodes": {count: steps.decode(count, args.context) for count in args.decodes},
         "prompts": {count: steps.prompt(count) for count in args.prompts},
+        "cores": {"busy": steps.busy_seconds / steps.seconds},
     }
     print(json.dumps(found))
     return 0
@@ -61,6 +63,7 @@ class _Steps:
         ).llm_engine  # fmt: skip
         self._vocabulary = int(json.loads((args.folder / "config.json").read_text())["vocab_size"])
         self._count = 0
+        self.seconds = self.busy_seconds = 0.0  # of all measured iterations, by the clock and of the cores
 
     def decode(self, count: int, context: int) -> float:
         """Least seconds of an iteration of `count` decodes from `context` tokens on."""
@@ -91,9 +94,12 @@ class _Steps:
         return str(self._count)
 
     def _step(self) -> float:
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         self._engine.step()
-        return time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        self.busy_seconds += time.process_time() - busy
+        return seconds
 
 
 if __name__ == "__main__":
