@@ -1,5 +1,8 @@
 """Attention over a paged KV cache, as a function that Hugging Face model code calls.
 
+The way that needs nothing but PyTorch: where a GPU has no kernel for the type or the block size, and on a CPU for
+block sizes that are no multiple of 16 and for float16 (`cpu_decoder` computes the rest).
+
 A batch packs the tokens of many requests into one row of tokens. What a token attends to, and the bits of
 the result, do not depend on what else is in the batch or on how a prompt was cut into chunks: each query
 row sees its own keys in order, padded only with keys of weight zero; the sum over keys is taken in fixed

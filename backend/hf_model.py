@@ -1,7 +1,7 @@
 """A language model from a local Hugging Face folder, and its forward pass over a paged KV cache.
 
 Nothing is ever downloaded. Whatever is wrong with a folder is told with the name of the file and what to
-do. Model code and weights are those of transformers; only the attention is ours.
+do. Weights are those of transformers, and model code where the family is not known to ours.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from .attention import ROWS, Attend, KvCache, Span
 from .flash import FlashBatch, FlashCache, Kernel
 from .graphs import DecodeGraphs
 from .lean import LeanDecoder, is_lean
+
+if TYPE_CHECKING:
+    from .cpu_decoder import CpuCache, CpuDecoder
 
 SUPPORTED: Final = ("llama", "mistral", "opt", "qwen2", "qwen3")
 _ROPES: Final = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -59,21 +62,26 @@ class LoadedModel:
 class PagedModel:
     """A model with its KV cache. `forward` computes packed tokens; the caller owns the blocks."""
 
+    cache: KvCache | FlashCache | CpuCache
+    _lean: LeanDecoder | None = None
+    _graphs: DecodeGraphs | None = None
+
     def __init__(
         self, loaded: LoadedModel, num_blocks: int, block_tokens: int, *,
         max_requests: int = 0, kernel: Kernel | None = None,
     ) -> None:  # fmt: skip
-        """`kernel`: attention of one call a layer; None takes PyTorch's on a GPU whose cache it can page, else
-        keys are gathered. With a kernel, decodes of up to `max_requests` requests run as CUDA graphs.
+        """`kernel`: attention of one call a layer; None takes PyTorch's on a GPU whose cache it can page, our own on
+        a CPU, and else gathers keys. With a kernel, decodes of up to `max_requests` requests run as CUDA graphs.
         """
         self.loaded = loaded
+        if kernel is None and _takes_cpu_kernels(loaded, block_tokens):
+            self._serve_from_cpu(num_blocks, block_tokens)
+            return
         heads = (loaded.num_heads, loaded.kv_heads, loaded.head_dim)
         kernel = kernel or flash.choose_kernel(loaded.dtype, loaded.device, block_tokens, *heads)
         shape = (loaded.num_layers, loaded.kv_heads, loaded.head_dim, num_blocks, block_tokens)
-        self.cache: KvCache | FlashCache
         lean = is_lean(loaded.model)
         self._lean = LeanDecoder(loaded.model, loaded.num_heads, loaded.kv_heads, loaded.head_dim) if lean else None
-        self._graphs: DecodeGraphs | None = None
         if kernel is None:
             self.cache = gathered = KvCache(*shape, loaded.dtype, loaded.device)
             self._compute = partial(self._compute_gathered, gathered)
@@ -86,6 +94,40 @@ class PagedModel:
                     paged, logits, max_requests, min(num_blocks * block_tokens, loaded.max_positions)
                 )
                 self._graphs.capture()
+
+    def _serve_from_cpu(self, num_blocks: int, block_tokens: int) -> None:
+        """Compute by `cpu_decoder`: its layers where it knows the family, else its attention and its products."""
+        from .cpu_decoder import CpuCache, CpuDecoder, fits
+        from .packed import pack_linear
+
+        loaded = self.loaded
+        self.cache = cache = CpuCache(
+            loaded.num_layers, loaded.kv_heads, loaded.head_dim, num_blocks, block_tokens, loaded.dtype
+        )
+        decoder = None
+        if is_lean(loaded.model) and fits(loaded.model):
+            positions = min(loaded.max_positions, num_blocks * block_tokens)
+            decoder = CpuDecoder(loaded.model, loaded.num_heads, loaded.kv_heads, loaded.head_dim, positions)
+        pack_linear(loaded.model)
+        self._compute = partial(self._compute_on_cpu, cache, decoder)
+        with torch.inference_mode():  # now, not with the first request, the kernels are compiled or found on disk
+            self.forward([Span(np.zeros(1, np.int64), 0, [0])], [0])
+
+    def _compute_on_cpu(
+        self, cache: CpuCache, decoder: CpuDecoder | None, spans: Sequence[Span], rows: Sequence[int]
+    ) -> torch.Tensor:
+        from .cpu_decoder import attend_tensors, pack
+
+        batch = pack(spans, cache, self.loaded.num_heads // self.loaded.kv_heads)
+        if decoder is not None:
+            hidden = torch.from_numpy(decoder(batch)).view(len(batch.input_ids), -1)
+        else:
+            ids, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions)
+            hidden = self._hidden(ids, positions, partial(attend_tensors, batch))
+        if not rows:
+            return hidden.new_empty(0, self.loaded.vocab_size)
+        logits: torch.Tensor = self.loaded.model.lm_head(hidden[torch.tensor(rows)])
+        return logits
 
     def forward(self, spans: Sequence[Span], rows: Sequence[int]) -> torch.Tensor:
         """Compute `spans` as one batch; the logits [len(rows), vocabulary] of the packed rows `rows`.
@@ -101,6 +143,8 @@ class PagedModel:
         """How attention and decodes are computed, in words."""
         if isinstance(self.cache, KvCache):
             return "keys are gathered"
+        if not isinstance(self.cache, FlashCache):
+            return "kernels for CPUs"
         if self._graphs is None or not self._graphs.are_captured:
             return "one paged kernel call a layer"
         return "one paged kernel call a layer, decodes as CUDA graphs"
@@ -175,6 +219,11 @@ def random_model(config: Any, *, dtype: torch.dtype, device: torch.device | str,
     model = model.eval()
     _lay_out_weights(model)
     return _facts(Path(config.model_type), model, dtype, torch.device(device))
+
+
+def _takes_cpu_kernels(loaded: LoadedModel, block_tokens: int) -> bool:
+    """Whether `cpu_decoder` serves it: sixteen keys of a block meet a query at once."""
+    return loaded.device.type == "cpu" and loaded.dtype in (torch.float32, torch.bfloat16) and block_tokens % 16 == 0
 
 
 def check_draft(target: LoadedModel, draft: LoadedModel) -> None:

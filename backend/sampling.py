@@ -74,7 +74,7 @@ class Draws:
 def next_tokens(logits: torch.Tensor, rows: Sequence[Row], purpose: int = 0) -> Draws:
     """Choose a token for each row of `logits` [rows, vocabulary]; `purpose` picks the stream of random numbers."""
     logits = penalised(logits, rows)
-    best, tokens = logits.max(dim=-1)
+    best, tokens = _largest(logits)
     # max gives nan for a row with any nan, and an infinity for one that no softmax survives
     is_number = torch.isfinite(best)
     sampled = tuple(index for index, row in enumerate(rows) if not row.params.is_greedy)
@@ -85,6 +85,14 @@ def next_tokens(logits: torch.Tensor, rows: Sequence[Row], purpose: int = 0) -> 
     chances = probabilities(logits[where], chosen)
     tokens[where] = draw(chances, [uniform(row.seed, row.position, purpose) for row in chosen])
     return Draws(torch.where(is_number, tokens, FAILED), sampled, chances)
+
+
+def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's largest value, nan where one is, and where it is first."""
+    if logits.device.type == "cpu":  # numpy finds the index ten times as fast
+        return logits.amax(dim=-1), torch.from_numpy(logits.numpy().argmax(axis=-1))
+    best, tokens = logits.max(dim=-1)
+    return best, tokens
 
 
 def penalised(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:

@@ -186,12 +186,16 @@ def test_logits_are_those_of_the_plain_model(family: str, dtype: torch.dtype, bu
         torch.testing.assert_close(logits.float(), wanted, atol=limit, rtol=0)
 
 
-def run_chunks(paged: PagedModel, tokens: list[np.ndarray], chance: random.Random) -> list[torch.Tensor]:
+def run_chunks(
+    paged: PagedModel, tokens: list[np.ndarray], chance: random.Random, block_tokens: int = 16
+) -> list[torch.Tensor]:
     """All logits of several prompts, computed in random chunks in random batches over scattered blocks."""
     blocks = list(range(32))
     chance.shuffle(blocks)
     tables = [blocks[index * 9 : (index + 1) * 9] for index in range(len(tokens))]
     tables[-1] += blocks[27:]
+    parts_of_block = range(16 // block_tokens)
+    tables = [[block * len(parts_of_block) + part for block in table for part in parts_of_block] for table in tables]
     parts: list[list[torch.Tensor]] = [[] for _ in tokens]
     done = [0] * len(tokens)
     while left := [index for index, ids in enumerate(tokens) if done[index] < len(ids)]:
@@ -208,16 +212,39 @@ def run_chunks(paged: PagedModel, tokens: list[np.ndarray], chance: random.Rando
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_logits_have_the_same_bits_in_any_batch(threads: int, build: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "block_tokens"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.float32, 8)],
+    ids=["float32", "bfloat16", "gathered"],
+)  # fmt: skip
+def test_logits_have_the_same_bits_in_any_batch(
+    dtype: torch.dtype, block_tokens: int, threads: int, build: Callable[..., Path]
+) -> None:
     """Chunking and batching change no bit, so that no near tie can fall the other way."""
     torch.set_num_threads(threads)
-    paged = PagedModel(load_model(build(FAMILIES["llama"]), device="cpu"), 32, 16)
+    model = load_model(build(FAMILIES["llama"]), dtype=dtype, device="cpu")
+    paged = PagedModel(model, 512 // block_tokens, block_tokens)
     tokens = prompts(3, 50, 140, 33)
     with torch.inference_mode():
-        whole = [paged.forward([Span(ids, 0, range(9))], range(len(ids))) for ids in tokens]
+        whole = [paged.forward([Span(ids, 0, range(18))], range(len(ids))) for ids in tokens]
         for seed in range(3):
-            for wanted, logits in zip(whole, run_chunks(paged, tokens, random.Random(seed)), strict=True):
+            parts = run_chunks(paged, tokens, random.Random(seed), block_tokens)
+            for wanted, logits in zip(whole, parts, strict=True):
                 assert torch.equal(wanted, logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_logits_are_the_same_where_keys_are_gathered(family: str, build: Callable[..., Path]) -> None:
+    """Blocks that the kernels for CPUs do not take are gathered, and give the plain model's logits too."""
+    folder = build(FAMILIES[family])
+    paged = PagedModel(load_model(folder, device="cpu"), 64, 8)
+    assert paged.way == "keys are gathered"
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    tokens = prompts(3, 50, 140, 33)
+    with torch.inference_mode():
+        expected = [plain(torch.from_numpy(ids)[None]).logits[0] for ids in tokens]
+        got = run_chunks(paged, tokens, random.Random(0), 8)
+    for wanted, logits in zip(expected, got, strict=True):
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
 
 
 MANNERS = {

@@ -93,7 +93,7 @@ def test_padding_reads_and_writes_nothing_of_anybodys() -> None:
 
 
 @pytest.mark.parametrize("drafting", [False, True])
-def test_tokens_are_those_of_the_gathering_engine(drafting: bool, load: Callable[[str], LoadedModel]) -> None:
+def test_tokens_are_those_of_the_kernels_for_cpus(drafting: bool, load: Callable[[str], LoadedModel]) -> None:
     """Greedy decoding of five requests, with and without guesses of a draft model, through both ways."""
     model = load("llama")
 
