@@ -526,6 +526,9 @@ def plot(found: Mapping[str, Mapping[str, float]], micros: Mapping[str, Mapping[
         costs.loglog([int(count) for count in values], list(values.values()), "o-", label=f"among {among}")
     costs.axhline(50.0, color="grey", linestyle=":")
     costs.set(xlabel="instances", ylabel="microseconds", title="one decision")
+    costs.set_ylim(bottom=1.0)
+    for axis in (costs.xaxis, costs.yaxis):
+        _plain_ticks(axis)
     costs.legend()
     figure.savefig(path, dpi=110)
 
@@ -536,8 +539,13 @@ def _plot_skews(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
         places = [place + 0.12 * (index - 3) for place, name in enumerate(names) if policy in found[name]]
         values = [found[name][policy] / found[name]["round_robin"] for name in names if policy in found[name]]
         if values and policy != "round_robin":
-            axes.bar(places, values, 0.12, label=policy)
+            # from 1 on: what is better goes up, what is worse goes down
+            bars = axes.bar(places, [value - 1.0 for value in values], 0.12, bottom=1.0, label=policy)
+            if policy == "ranked":
+                axes.bar_label(bars, [f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in values], fontsize=8)
     axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_yscale("log")
+    _plain_ticks(axes.yaxis)
     axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
     axes.set(ylabel="times round-robin", title="capacity on four replicas")
     _legend(axes)
@@ -549,6 +557,7 @@ def _plot_scale(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
         points = [(size, sizes[size][policy] / size) for size in sorted(sizes) if policy in sizes[size]]
         if len(points) > 1:
             axes.semilogx(*zip(*points, strict=True), "o-", label=policy, base=2)
+            axes.set_xticks(list(sizes), [f"{size}" for size in sizes])
     axes.set(xlabel="replicas (the runs of 64 and 512 are short)", ylabel="sessions/s per replica", title="capacity")
     axes.set_ylim(bottom=0)
     _legend(axes)
@@ -559,11 +568,21 @@ def _plot_ages(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
         names = [like, *(name for name, other in _LIKE.items() if other == like)]
         points = sorted((SCENARIOS[n].tell, found[n]["ranked"]) for n in names if "ranked" in found.get(n, {}))
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=f"{like}, ranked")
-            axes.axhline(found[like].get("round_robin", math.nan), linestyle=":", label=f"{like}, round robin")
+            (line,) = axes.plot(*zip(*points, strict=True), "o-", label=f"{like}, ranked")
+            base = found[like].get("round_robin", math.nan)
+            axes.axhline(base, color=line.get_color(), linestyle=":", label=f"{like}, round robin")
     axes.set(xlabel="seconds between two loads", ylabel="sessions/s", title="capacity with old loads")
     axes.set_ylim(bottom=0)
     _legend(axes)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Whole numbers on a logarithmic axis, not powers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(axes: Any) -> None:
