@@ -10,23 +10,21 @@ Memory is float32, or int16 that holds the upper halves of float32 numbers, whic
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.core.extending import intrinsic, register_model
 
-F = TypeVar("F", bound=Callable[..., object])
+from slos_serve.scheduler.jit import compiler
+
 WIDTH: Final = 16
 
-_SOURCES = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*_kernel.py"))))
-_SOURCES = zlib.crc32(Path(__file__).read_bytes(), _SOURCES)
 _INT32 = ir.IntType(32)
 _FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
 _INTS = ir.VectorType(_INT32, WIDTH)
@@ -47,18 +45,10 @@ class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
 LANES: Final = _Lanes()
 
 
-def compiled(function: F) -> F:
-    """Compile on first use, to run without the interpreter's lock; the machine code is kept on disk.
-
-    numba looks only at the age of the file that a function stands in; the name makes it look at all kernels.
-    """
-    function.__qualname__ += f"_{_SOURCES & 0xFFFFFFFF:08x}"
-    return cast(F, njit(cache=True, nogil=True, error_model="numpy")(function))
-
-
-def _operation(function: Callable[..., Any]) -> Any:
-    """A function of numba code whose LLVM code is written by what `function` returns with its signature."""
-    return intrinsic(function)
+# of a kernel: runs without the interpreter's lock
+compiled = compiler([Path(__file__), *Path(__file__).parent.glob("*_kernel.py")], nogil=True)
+# of a function of numba code whose LLVM code is written by what the function returns with its signature
+_operation: Callable[[Callable[..., Any]], Any] = intrinsic
 
 
 def _pointer(context: Any, builder: Any, kind: Any, element: tuple[Any, Any], target: Any) -> Any:

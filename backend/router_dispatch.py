@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any, Final
 
@@ -75,18 +75,25 @@ class Dispatcher:
         """How long a stream's early tokens are held: what a response costs, many streams share."""
         return max(self._config.coalesce_ms, 1000.0 * self._serving / self._config.max_responses_s)
 
-    def suggestion(self, call: Call) -> dict[str, Any]:
-        """Where the next requests like this one would be offered, for a caller who will soon have some."""
-        fleet, found = self._instances.fleet, []
+    def suggest(self, call: Call) -> None:
+        """Answer where the next requests like this one would be offered, for a caller who will soon have some."""
+        fleet = self._instances.fleet
         table = fleet.table.copy()
+        try:
+            call.answer({"advice": list(self._advice(call))})
+        except Exception as error:
+            log.exception("request %s", call.id)
+            call.fail(Refusal("INTERNAL", f"router: {type(error).__name__}: {error}"))
+        finally:
+            fleet.table[:] = table  # none of them has been sent
+
+    def _advice(self, call: Call) -> Iterator[dict[str, Any]]:
         for _ in range(ADVISED):
             choice = self._choose(call, frozenset(), frozenset(), frozenset())
             if choice is not None:
                 member, ask, may_decline = choice
-                fleet.sent(member.address, ask)
-                found.append({"address": member.address, "may_decline": may_decline})
-        fleet.table[:] = table  # none of them has been sent
-        return {"advice": found}
+                self._instances.fleet.sent(member.address, ask)
+                yield {"address": member.address, "may_decline": may_decline}
 
     async def stop(self, request_id: str) -> None:
         """Tell every instance to stop a request: another router may have sent it there."""

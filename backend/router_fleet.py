@@ -195,6 +195,7 @@ class Instances:
     def _hear(self, member: Member, state: Mapping[str, Any]) -> None:
         """Raises ValueError or KeyError for what no instance of ours says."""
         load = Load.from_json(state["load"])
+        rounds = _rounds(state.get("sessions", {}))
         age = state["engine_age"]
         if isinstance(age, bool) or not isinstance(age, (int, float)) or not 0 <= age < math.inf:
             raise ValueError(f"engine_age: must be a number of seconds, got {age!r}")
@@ -210,8 +211,8 @@ class Instances:
             member.trouble = ""
             self._update()
         self.fleet.tell(member.address, load, member.told_at)
-        for session, tokens in state.get("sessions", {}).items():
-            self.homes.remember(session, member.address, int(tokens))
+        for session, tokens in rounds.items():
+            self.homes.remember(session, member.address, tokens)
 
     def _objection(self, state: Mapping[str, Any], age: float) -> str:
         """Why an instance that speaks gets no requests; "" when it does."""
@@ -256,3 +257,10 @@ async def _retire(member: Member) -> None:
     while member.exchanges:
         await asyncio.sleep(RETRY_SECONDS)
     await member.link.close()
+
+
+def _rounds(told: Any) -> Mapping[str, int]:
+    """Sessions and their cached tokens, as an instance tells them. Raises ValueError for what none of ours says."""
+    if not isinstance(told, dict) or not all(type(tokens) is int and tokens >= 0 for tokens in told.values()):
+        raise ValueError(f"sessions: must be numbers of tokens by session, got {told!r:.200}")
+    return told

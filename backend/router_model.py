@@ -114,7 +114,7 @@ class TritonPythonModel:
             if not control and SEEN not in request.requested_output_names():
                 unseen = self._config.unseen_tokens, self._config.unseen_s
             call = read_call(named, tensors, parameters, outlet, now, timeout, bool(control), unseen)
-            self._loop.call_soon_threadsafe(self._suggest if control == "suggest" else self._begin, call)
+            self._loop.call_soon_threadsafe(self._dispatcher.suggest if control == "suggest" else self._begin, call)
         else:
             raise invalid("control", "must be stop, watch, place or suggest at a router", control)
 
@@ -127,9 +127,6 @@ class TritonPythonModel:
             self._calls[call.id] = call
             task = self._tasks[call] = self._loop.create_task(self._dispatcher.serve(call))
             task.add_done_callback(lambda _: self._end(call))
-
-    def _suggest(self, call: Call) -> None:
-        call.answer(self._dispatcher.suggestion(call))
 
     def _end(self, call: Call) -> None:
         del self._calls[call.id], self._tasks[call]

@@ -273,22 +273,15 @@ class Setting:
     @asynccontextmanager
     async def vllm(self, budget: int, ours: bool = False, priority: bool = False) -> AsyncIterator[Caller]:
         """vLLM's server with its own scheduler or ours."""
-        options = [f"--max-num-batched-tokens={budget}", f"--max-num-seqs={self.args.max_requests}"]
+        options = [f"--dtype={self.args.dtype}", f"--max-num-batched-tokens={budget}"]
+        options += [f"--max-num-seqs={self.args.max_requests}"]
         options += ["--scheduling-policy=priority"] if priority else []
         options += [f"--scheduler-cls={SCHEDULER}"] if ours else []
         ranks = {promise.name: promise.priority for promise in PROMISES} if priority else {}
         profile = {"SLOS_SERVE_PROFILE": str(self.scratch / "profile.json")} if ours else {}
         name = f"vllm-{budget}{'-ours' * ours}{'-priority' * priority}.log"
         async with (
-            peer(
-                self.args.vllm_python,
-                self.model,
-                options,
-                self.scratch / name,
-                self.args.port,
-                self.args.dtype,
-                **profile,
-            ) as address,
+            peer(self.args.vllm_python, self.model, options, self.scratch / name, self.args.port, **profile) as address,
             VllmClient(address, ranks) as client,
         ):
             yield client

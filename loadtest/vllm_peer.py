@@ -75,7 +75,7 @@ def fast_dtype() -> str:
 
 @asynccontextmanager
 async def peer(
-    python: Path, model: Path, options: Sequence[str], log: Path, port: int = 0, dtype: str = "", **environment: str
+    python: Path, model: Path, options: Sequence[str], log: Path, port: int = 0, **environment: str
 ) -> AsyncIterator[str]:
     """Start vLLM on `model`, wait until it answers at the address given, and end all of its processes.
 
@@ -85,7 +85,7 @@ async def peer(
     address = f"127.0.0.1:{_port(port)}"
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", address.split(":")[1]]
-    command += ["--dtype", dtype or fast_dtype(), "--max-model-len", "2048", "--disable-uvicorn-access-log"]
+    command += ["--max-model-len", "2048", "--disable-uvicorn-access-log"]
     command += ["--no-enable-prefix-caching", "--no-async-scheduling", *options]
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(

@@ -156,7 +156,7 @@ def test_a_run_of_the_real_server_replays(tiny_repository: Path, tmp_path: Path)
     with Server(tiny_repository, models=["slos_llm"], extra_args=options) as server:
         asyncio.run(_traffic(server.grpc))
     (recording,) = read_recordings(path)
-    assert len(recording.requests) == 13
+    assert len(recording.requests) == 20
     assert any(isinstance(call, Cancelled) for call in recording.calls)
     header = recording.header
     assert replay(recording, POLICIES[header.policy](header.capabilities, header.perf)) is None
@@ -165,10 +165,14 @@ def test_a_run_of_the_real_server_replays(tiny_repository: Path, tmp_path: Path)
 
 async def _traffic(address: str) -> None:
     async with SlosClient(address) as client:
-        left = client.generate("def left(x):", max_tokens=400, ignore_eos=True)
-        async for _ in left:
-            break
-        await left.aclose()
+
+        async def leave() -> None:
+            stream = client.generate("def left(x):", max_tokens=400, ignore_eos=True)
+            async for _ in stream:
+                break
+            await stream.aclose()
+
+        await asyncio.gather(*(leave() for _ in range(8)))
         streams = [client.generate("def f(x):" * index, max_tokens=20, slo_class="coding") for index in range(1, 13)]
         results = await asyncio.gather(*(stream.drain() for stream in streams))
     assert all(math.isfinite(result.receipt["ttft_ms"]) for result in results)

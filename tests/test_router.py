@@ -192,45 +192,59 @@ def test_errors_are_those_of_an_instance(whole: Service) -> None:
 
 
 def test_who_hangs_up_at_the_router_frees_the_engine(whole: Service) -> None:
-    """Cancellation passes through the router and through placement; our client stops what went through the ensemble."""
+    """Cancellation passes through the router and through placement; our client stops what went through the ensemble.
+
+    There are many, so that they would take seconds.
+    """
+    prompts = PROMPTS * 6
 
     def generated() -> float:
         return sum(metric(instance, "slos_serve_generated_tokens_total") for instance in whole.instances)
 
-    async def run() -> None:
+    async def run(name: str) -> None:
         async with clients(whole) as ways:
-            for name in ("router", "placed", "forwarded", "ensemble"):
-                streams = [ways[name].generate(p, max_tokens=450, ignore_eos=True) for p in PROMPTS]
-                for stream in streams:
-                    async for _ in stream:
-                        break
-                for stream in streams:
-                    await stream.aclose()
 
-    before = generated()
-    serial(run())
-    until(lambda: all(metric(instance, "slos_serve_requests") == 0 for instance in whole.instances))
-    assert generated() - before < 4 * len(PROMPTS) * 450 / 2
+            async def leave(prompt: str) -> None:
+                stream = ways[name].generate(prompt, max_tokens=430, ignore_eos=True)
+                async for _ in stream:
+                    break
+                await stream.aclose()
+
+            await asyncio.gather(*(leave(prompt) for prompt in prompts))
+
+    for name in ("router", "placed", "forwarded", "ensemble"):
+        before = generated()
+        serial(run(name))
+        until(lambda: all(metric(instance, "slos_serve_requests") == 0 for instance in whole.instances))
+        assert generated() - before < len(prompts) * 430 / 2, name
 
 
 def test_a_stop_request_ends_what_cannot_be_cancelled(whole: Service) -> None:
-    """Through the ensemble, from any router, by the id; the last response is an instance's own."""
+    """Through the ensemble, from any router, by the id; the last response is an instance's own.
 
-    async def run() -> Result:
+    There are many, so that they would take seconds.
+    """
+
+    async def run() -> list[Result]:
         async with (
             SlosClient(whole.addresses[0], "slos_ensemble") as ensemble,
             SlosClient(whole.addresses[1], "slos_ensemble") as other,
         ):
-            stream = ensemble.generate("def f(x):", request_id="stop-me", max_tokens=480, **EASY)
-            async for _ in stream:
-                break
-            async for _ in other.responses(input_tensors({"control": "stop"}), "stop-me", None, Running()):
-                pass
-            return await stream.drain()
 
-    (result,) = serial(run())
-    assert result.finish_reason == "cancelled"
-    assert result.receipt["tokens"] == len(result.token_ids) < 480
+            async def stopped(name: str) -> Result:
+                stream = ensemble.generate("def f(x):", request_id=name, max_tokens=480, **EASY)
+                async for _ in stream:
+                    break
+                async for _ in other.responses(input_tensors({"control": "stop"}), name, None, Running()):
+                    pass
+                return await stream.drain()
+
+            return await asyncio.gather(*(stopped(f"stop-{index}") for index in range(24)))
+
+    (results,) = serial(run())
+    for result in results:
+        assert result.finish_reason == "cancelled"
+        assert result.receipt["tokens"] == len(result.token_ids) < 480
 
 
 def test_a_caller_whom_nobody_would_see_leave_gets_a_bounded_answer(whole: Service) -> None:

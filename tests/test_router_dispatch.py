@@ -14,7 +14,7 @@ import pytest
 from callers import PATIENCE, Caller
 from instances import Instance, served
 
-from slos_serve.backend.router_call import read_call
+from slos_serve.backend.router_call import Call, read_call
 from slos_serve.backend.router_config import RouterConfig
 from slos_serve.backend.router_dispatch import Dispatcher
 from slos_serve.backend.router_fleet import Instances
@@ -189,14 +189,29 @@ def test_advice_is_for_several_requests_and_counts_for_none() -> None:
         async with routed(*instances) as router:
             before = router.instances.fleet.table[:5].copy()
             tensors = wire.encode({"text_input": "x" * 400, "control": "suggest", **PROMISE})
-            call = read_call("name", tensors, {}, Caller(), time.monotonic(), math.inf, True)
-            advice = router.dispatcher.suggestion(call)["advice"]
+            router.dispatcher.suggest(
+                read_call("name", tensors, {}, caller := Caller(), time.monotonic(), math.inf, True)
+            )
+            advice = json.loads(caller.responses[-1]["control_output"][0])["advice"]
             return advice, bool((router.instances.fleet.table[:5] == before).all())
 
     advice, is_unchanged = asyncio.run(run())
     assert len({each["address"] for each in advice}) == 2
     assert all(each["may_decline"] for each in advice)
     assert is_unchanged
+
+
+def test_a_question_for_advice_that_cannot_be_answered_ends() -> None:
+    """With an error, not with a caller who waits."""
+
+    async def run() -> Caller:
+        async with routed(Instance(three_tokens)) as router:
+            values = {"text_input": "x", "slo_ttft_ms": "soon", "slo_tpot_ms": "soon"}
+            router.dispatcher.suggest(Call("name", values, caller := Caller(), time.monotonic(), math.inf, True))
+            return caller
+
+    caller = asyncio.run(run())
+    assert str(caller.refusal).startswith("INTERNAL: router:")
 
 
 def test_who_leaves_during_a_hop_is_answered_once_and_frees_the_instance() -> None:

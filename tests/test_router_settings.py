@@ -141,6 +141,9 @@ def test_only_instances_that_can_take_a_request_get_one() -> None:
         {"load": {"requests": "x"}},
         {"engine_age": float("nan")},
         {"engine_age": -3},
+        {"sessions": ["talk"]},
+        {"sessions": {"talk": -1}},
+        {"sessions": {"talk": float("nan")}},
     ],
 )
 def test_an_absurd_state_is_refused(absurd: dict[str, Any]) -> None:

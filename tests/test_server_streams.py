@@ -193,15 +193,18 @@ def test_a_broken_connection_before_the_first_token_frees_the_request(server: Se
 
 
 def test_a_deadline_of_the_call_frees_the_request(server: Server) -> None:
-    """A gRPC timeout ends the stream with an error and the request with it."""
+    """A gRPC timeout ends each of 64 streams, which take seconds together, with an error and its request with it."""
     before = metric(server, "slos_serve_requests_total", outcome="cancelled")
 
-    async def use(client: Clients) -> None:
+    async def expired(client: Clients) -> None:
         with pytest.raises(StreamError, match="DEADLINE_EXCEEDED"):
-            await client.generate("def f(x):", max_tokens=450, ignore_eos=True, timeout=0.3).drain()
+            await client.generate("def f(x):", max_tokens=450, ignore_eos=True, timeout=1.0).drain()
+
+    async def use(client: Clients) -> None:
+        await asyncio.gather(*(expired(client) for _ in range(64)))
 
     with_client(server, "grpc", use)
-    until(lambda: metric(server, "slos_serve_requests_total", outcome="cancelled") == before + 1)
+    until(lambda: metric(server, "slos_serve_requests_total", outcome="cancelled") == before + 64)
 
 
 def test_a_request_id_in_flight_is_refused(server: Server) -> None:
