@@ -32,7 +32,9 @@ import numpy as np
 from slos_serve.scheduler import POLICIES, BatchShape, PerfModel, Request, Slo, Stage
 from slos_serve.scheduler.comparison import ALL, Comparison, compare, to_json
 from slos_serve.scheduler.core import Chunk, Plan
+from slos_serve.scheduler.observed import Observed
 from slos_serve.scheduler.recording import Header, Recorder, read
+from slos_serve.scheduler.simulator import Turnaround
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +65,7 @@ TINY: Final[dict[str, dict[str, Any]]] = {
     "llama-3-8b": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2},
     "opt-13b": {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "word_embed_proj_dim": 64},
 }
+NOISE: Final = 0.05  # of simulated iteration times
 MAX_ERROR: Final = 0.05  # of the logits' norm: bfloat16 keeps 8 bits, in a few hundred roundings
 GOALS: Final = {"decode": 1.3, "prefill": 0.6}
 
@@ -396,7 +399,8 @@ def serve(policy: str, engine: TorchEngine, vocab_size: int, perf: PerfModel, sc
         elif pending:
             time.sleep(max(0.0, min(pending[-1].arrived_at - time.monotonic(), 0.05)))
     (recording,) = read(lines)
-    rows = compare(recording, POLICIES[policy], {policy: lambda name: True})
+    world = Observed(perf, NOISE, Turnaround())
+    rows = compare(recording, POLICIES[policy], {policy: lambda name: True}, world)
     (whole,) = (row for row in rows if row.slo_class == ALL)
     print(
         f"  {policy:10s} {whole.live.requests} requests: attained {_share(whole.live.attained)} measured, "

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from slos_serve.scheduler.core import Chunk, Plan
+from slos_serve.scheduler.observed import shape_of
 from slos_serve.scheduler.perf import BatchShape, FitQuality, PerfModel, fit, quality
 
 from .generation import Generation, SamplingParams
@@ -135,16 +136,12 @@ class _Run:
         for request_id in list(self.computed):
             self.drop(request_id)
 
-    def step(self, chunks: Sequence[Chunk], draft: int = 0) -> None:
-        """Run one batch, which is one more sample. A chunk from position 0, or of several tokens, is a prefill."""
-        decodes = [chunk for chunk in chunks if chunk.start > 0 and chunk.length == 1 + chunk.draft]
-        area = sum(chunk.length * (chunk.start + 0.5 * chunk.length) for chunk in chunks if chunk not in decodes)
-        context = sum(chunk.start for chunk in decodes)
+    def step(self, chunks: Sequence[Chunk]) -> None:
+        """Run one batch, which is one more sample."""
         report = self.engine.step(Plan(tuple(chunks)), time.monotonic())
         for advance in report.advances:
             self.computed[advance.request_id] = advance.computed
-        shape = BatchShape(sum(chunk.length for chunk in chunks), context, area, draft)
-        self.samples.append(Sample(shape, report.finished_at - report.started_at))
+        self.samples.append(Sample(shape_of(chunks), report.finished_at - report.started_at))
 
     def chunk(self, request_id: str, length: int, draft: int = 0) -> Chunk:
         """The next `length` tokens of a request, the last `draft` of them guesses."""
@@ -190,7 +187,7 @@ class _Run:
         limits = self.engine.capabilities
         for draft in (0, *range(1, limits.max_draft + 1), 0):
             if len(decodes) * (1 + draft) <= limits.max_batch_tokens:
-                self.step([self.chunk(name, 1 + draft, draft) for name in decodes], draft)
+                self.step([self.chunk(name, 1 + draft, draft) for name in decodes])
                 yield
 
     def _prefill_beside(self, decodes: Sequence[str], past: int, length: int) -> Iterator[None]:

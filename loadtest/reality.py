@@ -1,8 +1,9 @@
 """`slos-serve reality`: is what the simulator predicts what the server does?
 
-    slos-serve reality                     profile, serve at three loads, simulate the same arrivals, compare
-    slos-serve reality --recording FILE    compare a run that a server with `--record` wrote
+    slos-serve reality                     profile, serve three loads twice, compare the second time
+    slos-serve reality --recording FILE    compare the second half of a run that a server with `--record` wrote
 
+How long steps and pauses are in the simulation is fitted to the first time, other requests at the same loads.
 How live and simulated are made comparable: `scheduler.comparison`. Never looks into the server.
 """
 
@@ -24,6 +25,7 @@ from slos_serve.client.client import SlosClient
 from slos_serve.client.stream import StreamError
 from slos_serve.scheduler import POLICIES
 from slos_serve.scheduler.comparison import ALL, Comparison, compare, gap, to_json
+from slos_serve.scheduler.observed import observe, phase
 from slos_serve.scheduler.recording import Recording, read
 
 from .demo import PROBE_REQUESTS, Progress, ServerFailed, measured_rate, server, steady_traffic
@@ -33,6 +35,7 @@ LOADS: Final = (0.5, 0.8, 1.1)
 PROBE_SECONDS: Final = 8.0
 GRACE_SECONDS: Final = 60.0
 SETTLE_SECONDS: Final = 2.0
+FIT: Final = "fit-"  # ids of the requests that the simulation learns from begin so
 
 _HEADER: Final = (
     "load",
@@ -107,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS, help="shares of capacity (default: .5 .8 1.1)")
     parser.add_argument("--seconds", type=float, default=30.0, help="length of each load (default: %(default)s)")
     parser.add_argument("--profile-seconds", type=float, default=20.0, help="first measure so long (%(default)s)")
+    parser.add_argument("--fit-seconds", type=float, default=15.0, help="of each load to learn from (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting for this run")
     text = "requests at a time that measure the capacity (default: %(default)s)"
     parser.add_argument("--probe-requests", type=int, default=PROBE_REQUESTS, help=text)
@@ -126,7 +130,10 @@ def run(args: argparse.Namespace) -> int:
             recordings = read(file)
         if not recordings:
             raise ValueError(f"{args.recording}: there is no recording in it")
-        return _conclude(args, _compared(recordings[-1], {"recorded": lambda name: True}), [])
+        ids = [request.id for request in recordings[-1].requests]
+        first, second = set(ids[: len(ids) // 2]), set(ids[len(ids) // 2 :])
+        rows = _compared(recordings[-1], first.__contains__, {"second half": second.__contains__})
+        return _conclude(args, rows, [])
     try:
         return asyncio.run(_measure(args))
     except (ServerFailed, StreamError) as error:
@@ -156,14 +163,18 @@ async def _measure(args: argparse.Namespace) -> int:
             loads, faults = await _play(args, served.grpc)
         with path.open(encoding="utf-8") as file:
             (recording,) = read(file)
-    return _conclude(args, _compared(recording, loads), faults)
+    return _conclude(args, _compared(recording, partial(_starts_with, FIT), loads), faults)
 
 
-def _compared(recording: Recording, loads: dict[str, Callable[[str], bool]]) -> list[Comparison]:
+def _compared(
+    recording: Recording, learn_from: Callable[[str], bool], loads: dict[str, Callable[[str], bool]]
+) -> list[Comparison]:
     policy = recording.header.policy
     if policy not in POLICIES:
         raise ValueError(f"policy of the recording: must be one of {', '.join(POLICIES)}, got {policy!r}")
-    return compare(recording, POLICIES[policy], loads)
+    world = observe(phase(recording.calls, learn_from))
+    print(f"steps vary by {100 * world.noise:.0f} % around {world.perf.to_json()}, pauses are {world.turnaround}")
+    return compare(recording, POLICIES[policy], loads, world)
 
 
 async def _profile(version: Path, output: Path, seconds: float) -> None:
@@ -188,11 +199,17 @@ async def _play(args: argparse.Namespace, address: str) -> tuple[dict[str, Calla
         capacity, speed = await measured_rate(callers, rng, 1.0, PROBE_SECONDS, args.probe_requests)
         await asyncio.sleep(SETTLE_SECONDS)  # until the requests of the measurement are cancelled
         print(f"capacity {capacity:.2f} arrivals/s: {speed:.0f} tokens/s with all slots busy", flush=True)
+
+        async def serve(name: str, prefix: str, load: float, seconds: float) -> None:
+            arrivals = steady_traffic(rng, load * capacity, seconds)
+            print(f"{name}: {len(arrivals)} requests in {seconds:.0f} s", flush=True)
+            ledger = await play(shots(arrivals, callers, rng, prefix), grace=GRACE_SECONDS, on_tick=Progress())
+            faults.extend(ledger.faults())
+
+        for number, load in enumerate(args.loads):
+            await serve(f"to learn from, {100 * load:.0f} %", f"{FIT}{number}-", load, args.fit_seconds)
         for number, load in enumerate(args.loads):
             name, prefix = f"{100 * load:.0f} %", f"load-{number}-"
-            arrivals = steady_traffic(rng, load * capacity, args.seconds)
-            print(f"{name}: {len(arrivals)} requests in {args.seconds:.0f} s", flush=True)
-            ledger = await play(shots(arrivals, callers, rng, prefix), grace=GRACE_SECONDS, on_tick=Progress())
+            await serve(name, prefix, load, args.seconds)
             loads[name] = partial(_starts_with, prefix)
-            faults += ledger.faults()
     return loads, faults

@@ -2,8 +2,9 @@
 
 Live and simulated are judged alike, by the engine's clock: from a request's arrival at the planner's side to
 the end of the iteration that made a token. The simulation is given the recorded arrivals and the lengths of
-the outputs, and what the planner knew when they began: its time model, and by replay what it had learned
-until then (the correction of the model, output lengths, acceptance). It never sees a live token time.
+the outputs, how long steps and pauses are (`observed`, from an earlier part of the run), and by replay what the
+planner had learned until the arrivals began (the correction of its model, output lengths, acceptance). It never
+sees a token time of what it is compared with.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import numpy as np
 from .attainment import attained
 from .core import Capabilities, Request
 from .engine import Planner
+from .observed import Observed
 from .perf import PerfModel
 from .recording import Added, Call, Cancelled, Header, Planned, Recording, replay
 from .scheduler import Scheduler
 from .simulator import SimulatedEngine, simulate
-from .timemodel import MARGIN
 
 ALL: Final = "all"
 Make: TypeAlias = Callable[[Capabilities, PerfModel], Planner]
@@ -85,21 +86,6 @@ def lives(calls: Iterable[Call]) -> dict[str, Life]:
     return found
 
 
-def turnaround(calls: Sequence[Call]) -> float:
-    """Median seconds between the end of a step and the start of the next, where there was something to run."""
-    gaps: list[float] = []
-    finished: float | None = None
-    for call in calls:
-        if isinstance(call, Planned):
-            if not call.plan.chunks:
-                finished = None
-        elif not isinstance(call, (Added, Cancelled)):
-            if finished is not None:
-                gaps.append(call.started_at - finished)
-            finished = call.finished_at
-    return statistics.median(gaps) if gaps else 0.0
-
-
 def measured(cases: Iterable[tuple[Request, bool, Sequence[float]]]) -> Measured:
     """A group of (request, attained, token times)."""
     rows = list(cases)
@@ -115,7 +101,7 @@ def measured(cases: Iterable[tuple[Request, bool, Sequence[float]]]) -> Measured
 
 
 def simulated(
-    header: Header, make: Make, before: Sequence[Call], group: Sequence[Life], seed: int = 0
+    header: Header, make: Make, before: Sequence[Call], group: Sequence[Life], world: Observed, seed: int = 0
 ) -> list[tuple[Request, bool, Sequence[float]]]:
     """The requests of `group` through the simulator, from where the planner stood after the calls `before`."""
     planner = make(header.capabilities, header.perf)
@@ -126,16 +112,15 @@ def simulated(
     for name, life in lives(before).items():
         if not life.ended:
             planner.cancel(name)
-    noise = float(planner.model[MARGIN]) / 2  # the margin is about two deviations
-    engine = SimulatedEngine(header.capabilities, header.perf, noise=noise, rng=np.random.default_rng(seed))
-    engine.model = planner.model.copy()  # as corrected until then
+    rng = np.random.default_rng(seed)
+    engine = SimulatedEngine(header.capabilities, world.perf, noise=world.noise, rng=rng)
     outcomes = simulate(
         [life.request for life in group],
         {life.request.id: len(life.token_times) for life in group},
         planner,
         engine,
         acceptance=_acceptance(group),
-        turnaround=turnaround(before),
+        turnaround=world.turnaround,
     )
     return [(each.request, each.attained, each.token_times) for each in outcomes.values()]
 
@@ -152,9 +137,11 @@ def _acceptance(group: Sequence[Life]) -> dict[str, float]:
     }
 
 
-def compare(recording: Recording, make: Make, loads: Mapping[str, Callable[[str], bool]]) -> list[Comparison]:
+def compare(
+    recording: Recording, make: Make, loads: Mapping[str, Callable[[str], bool]], world: Observed
+) -> list[Comparison]:
     """Every class at every load, and all together. `loads`: a name, and which request ids belong to it. `make`
-    is the entry of `POLICIES` that the recording is about.
+    is the entry of `POLICIES` that the recording is about, `world` how long its steps take.
 
     Requests that did not end are left out of both sides.
     """
@@ -169,7 +156,7 @@ def compare(recording: Recording, make: Make, loads: Mapping[str, Callable[[str]
              each.token_times)
             for each in group
         ]  # fmt: skip
-        model = simulated(recording.header, make, _before(recording.calls, belongs), group)
+        model = simulated(recording.header, make, _before(recording.calls, belongs), group, world)
         for name in (*sorted({each.request.slo_class for each in group}), ALL):
             pair = [measured(case for case in cases if name in (ALL, case[0].slo_class)) for cases in (live, model)]
             compared.append(Comparison(load, name, *pair))

@@ -15,12 +15,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+
+ROUNDS: Final = 3  # of weighing anew in a fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,11 @@ class PerfModel:
             if piece.per_token > 0:
                 most = min(most, left / piece.per_token)
         return int(most + 1e-9)
+
+    def scaled(self, factor: float) -> PerfModel:
+        """The model of a machine that takes `factor` times as long."""
+        pieces = (Piece(factor * p.base, factor * p.per_token, factor * p.per_step) for p in self.pieces)
+        return PerfModel(tuple(pieces), factor * self.per_context, factor * self.per_area)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -126,7 +133,9 @@ def fit(shapes: Sequence[BatchShape], seconds: Sequence[float]) -> PerfModel:
     """The roofline with attention terms that fits the samples best in relative error.
 
     Tries a knee at every power of two between the smallest and largest batch. All coefficients are >= 0,
-    so more work never takes less time. Raises ValueError for fewer than four samples or a time <= 0.
+    so more work never takes less time. Errors are relative to what the round before predicted: relative to
+    what was observed they would pull a noisy fit below the mean. Raises ValueError for fewer than four
+    samples or a time <= 0.
     """
     if len(shapes) != len(seconds) or len(shapes) < 4:
         raise ValueError(f"a fit needs at least 4 samples with a time each, got {len(shapes)} and {len(seconds)}")
@@ -139,8 +148,12 @@ def fit(shapes: Sequence[BatchShape], seconds: Sequence[float]) -> PerfModel:
     for knee in knees:
         matrix = _features(shapes, knee)
         scale = np.maximum(np.abs(matrix).max(axis=0), 1e-12)
-        solution = _nonnegative_least_squares(matrix / scale / target[:, None], np.ones_like(target)) / scale
-        error = float(np.square((matrix @ solution) / target - 1.0).mean())
+        expected = target
+        for _ in range(ROUNDS):
+            weighted = matrix / scale / expected[:, None]
+            solution = _nonnegative_least_squares(weighted, target / expected) / scale
+            expected = np.maximum(matrix @ solution, 1e-3 * target)
+        error = float(np.square(target / expected - 1.0).mean())
         if error < best[0]:
             best = (error, knee, solution)
     _, knee, (base, slope, extra, context, area, step) = best

@@ -345,11 +345,25 @@ class _Log:
             outcome.token_times = times[low:high].tolist()
 
 
+@dataclass(frozen=True, slots=True)
+class Turnaround:
+    """Seconds from the end of a step until the next is planned: `base`, and `per_chunk` of the step that ended."""
+
+    base: float = 0.0
+    per_chunk: float = 0.0
+
+    def after(self, chunks: int) -> float:
+        return self.base + self.per_chunk * chunks
+
+
+NO_PAUSE: Final = Turnaround()
+
+
 class _Play:
     """One simulation: who arrived, what they got, what time it is."""
 
     def __init__(
-        self, planner: Planner, engine: SimulatedEngine, outcomes: dict[RequestId, Outcome], turnaround: float
+        self, planner: Planner, engine: SimulatedEngine, outcomes: dict[RequestId, Outcome], turnaround: Turnaround
     ) -> None:
         self.planner = planner
         self.engine = engine
@@ -403,7 +417,7 @@ class _Play:
         serials = serials[gained]
         self.first_at[serials] = np.minimum(self.first_at[serials], self.now)
         self.log.add(serials, advances.numbers[gained, 1], self.now)
-        self.now += self._turnaround
+        self.now += self._turnaround.after(len(plan.chunks))
         ended = [advances.ids[i] for i in np.flatnonzero(advances.numbers[:, 4]).tolist()]
         self.live -= len(ended)
         return ended
@@ -447,7 +461,7 @@ def simulate(
     *,
     until: float = math.inf,
     acceptance: float | Mapping[RequestId, float] = 0.0,
-    turnaround: float = 0.0,
+    turnaround: Turnaround = NO_PAUSE,
     on_step: Callable[[Plan, StepReport], None] | None = None,
     follow_up: Callable[[RequestId, float], tuple[Request, int] | None] | None = None,
     outcomes: dict[RequestId, Outcome] | None = None,
@@ -458,7 +472,7 @@ def simulate(
 
     `output_tokens` tells how many tokens each will produce, which the planner never sees. A request's `cached_tokens`
     are found as far as memory is free when it arrives. `acceptance` is
-    the share of right guesses, of all or of each. `turnaround` seconds pass between a report and the next
+    the share of right guesses, of all or of each. `turnaround` passes between a report and the next
     plan. `follow_up` is called with each request that ends and when, and may return the next round of its
     session, to arrive then or later, and its output tokens. `on_step` sees every plan and report, at the price
     of speed, as a turnaround is. `watch` sees the time, who has arrived and when each had its first
@@ -471,7 +485,7 @@ def simulate(
     pending = [(each.arrived_at, index, each, output_tokens[each.id]) for index, each in enumerate(requests)]
     heapq.heapify(pending)
     play = _Play(planner, engine, {} if outcomes is None else outcomes, turnaround)
-    at_once = on_step is None and turnaround == 0.0 and isinstance(planner, Scheduler)
+    at_once = on_step is None and turnaround == NO_PAUSE and isinstance(planner, Scheduler)
     instants = 0  # at which somebody arrived
     try:
         while play.now < until and (pending or play.live):

@@ -60,6 +60,15 @@ def test_fit_recovers_a_noisy_roofline() -> None:
     assert score.mape < 5
 
 
+def test_fit_of_a_noisy_machine_is_its_mean() -> None:
+    """Where times vary by a third the model is in the middle of them, neither fast nor slow."""
+    rng = np.random.default_rng(1)
+    shapes = [BatchShape(int(rng.integers(1, 512)), int(rng.integers(0, 9000))) for _ in range(2000)]
+    times = [ROOFLINE.seconds(s) * float(np.exp(0.33 * rng.standard_normal() - 0.33**2 / 2)) for s in shapes]
+    model = fit(shapes, times)
+    assert np.mean([model.seconds(s) / ROOFLINE.seconds(s) for s in shapes]) == pytest.approx(1.0, abs=0.03)
+
+
 def test_fit_refuses_too_little() -> None:
     """Three samples do not make a model."""
     with pytest.raises(ValueError, match="at least 4"):

@@ -11,9 +11,10 @@ import pytest
 
 from slos_serve.backend.cli import main
 from slos_serve.scheduler import POLICIES, Capabilities, PerfModel, Piece, Request, Slo, Stage
-from slos_serve.scheduler.comparison import ALL, compare, gap, lives, turnaround
+from slos_serve.scheduler.comparison import ALL, compare, gap, lives
+from slos_serve.scheduler.observed import observe, phase
 from slos_serve.scheduler.recording import Header, Recorder, Recording, read
-from slos_serve.scheduler.simulator import Outcome, SimulatedEngine, simulate
+from slos_serve.scheduler.simulator import Outcome, SimulatedEngine, Turnaround, simulate
 
 ROOT = Path(__file__).parent.parent
 CAPABILITIES = Capabilities(
@@ -34,7 +35,11 @@ def traffic(prefix: str, start: float, count: int, seed: int) -> list[Request]:
     ]
 
 
-def run(slowness: float, pause: float, seed: int) -> tuple[Recording, dict[str, Outcome]]:
+def probing(name: str) -> bool:
+    return name.startswith("probe-")
+
+
+def run(slowness: float, pause: Turnaround, seed: int) -> tuple[Recording, dict[str, Outcome]]:
     """A recorded run on an engine that is `slowness` times as slow as the header's time model says."""
     lines: list[str] = []
     real = PerfModel(
@@ -55,14 +60,14 @@ def run(slowness: float, pause: float, seed: int) -> tuple[Recording, dict[str, 
 
 def test_the_live_side_is_what_was_recorded() -> None:
     """Token times, verdicts and pauses read from the recording are those of the run itself."""
-    recording, outcomes = run(1.0, 0.003, seed=0)
+    recording, outcomes = run(1.0, Turnaround(0.003), seed=0)
     found = lives(recording.calls)
     assert {name: life.token_times for name, life in found.items()} == {
         name: outcome.token_times for name, outcome in outcomes.items()
     }
     assert all(life.ended for life in found.values())
-    assert turnaround(recording.calls) == pytest.approx(0.003)
-    rows = compare(recording, POLICIES["slos_serve"], {"load": lambda name: name.startswith("load-")})
+    world = observe(phase(recording.calls, probing))
+    rows = compare(recording, POLICIES["slos_serve"], {"load": lambda name: name.startswith("load-")}, world)
     assert [row.slo_class for row in rows] == ["chat", "code", "free", ALL]
     promised = [
         outcome for name, outcome in outcomes.items() if name.startswith("load-") and outcome.request.stages[0].slo
@@ -73,10 +78,14 @@ def test_the_live_side_is_what_was_recorded() -> None:
 
 
 @pytest.mark.parametrize("slowness", [0.7, 1.0, 1.6])
-def test_the_simulation_starts_from_what_the_server_had_learned(slowness: float) -> None:
-    """A machine that is slower or faster than its profile is predicted all the same, after a while of serving."""
-    recording, _ = run(slowness, 0.002, seed=3)
-    (*_, whole) = compare(recording, POLICIES["slos_serve"], {"load": lambda name: name.startswith("load-")})
+def test_the_simulation_is_as_slow_as_the_run_was(slowness: float) -> None:
+    """A machine that is slower or faster than its profile, pausing in its own way, is predicted from a minute."""
+    recording, _ = run(slowness, Turnaround(0.002, 0.0001), seed=3)
+    world = observe(phase(recording.calls, probing))
+    assert world.noise == pytest.approx(0.02, rel=0.5)
+    assert world.turnaround.base == pytest.approx(0.002, rel=0.05)
+    assert world.turnaround.per_chunk == pytest.approx(0.0001, rel=0.05)
+    (*_, whole) = compare(recording, POLICIES["slos_serve"], {"load": lambda name: name.startswith("load-")}, world)
     live, model = whole.live, whole.simulated
     assert model.attained == pytest.approx(live.attained, abs=0.05)
     assert model.ttft_ms == pytest.approx(live.ttft_ms, rel=0.1)
@@ -87,8 +96,16 @@ def test_the_simulation_starts_from_what_the_server_had_learned(slowness: float)
 def test_the_command_compares_the_real_server(tmp_path: Path) -> None:
     """Profile, serve, record, simulate: a table, numbers as JSON and a picture; the recording can be compared again."""
     files = {name: tmp_path / f"run.{name}" for name in ("jsonl", "json", "png")}
-    command = ["reality", f"--model-repository={ROOT / 'model_repository'}", "--loads", "0.4", "--seconds=3"]
-    options = [f"--keep={files['jsonl']}", f"--json={files['json']}", f"--plot={files['png']}", "--profile-seconds=1"]
+    command = [
+        "reality",
+        f"--model-repository={ROOT / 'model_repository'}",
+        "--loads",
+        "0.4",
+        "--seconds=3",
+        "--fit-seconds=2",
+    ]
+    options = [f"--keep={files['jsonl']}", f"--json={files['json']}", f"--plot={files['png']}"]
+    options += ["--profile-seconds=1", "--fit-seconds=2", "--seconds=3"]
     assert main([*command, *options, "--set=max_requests=90"]) == 0
     rows = json.loads(files["json"].read_text())
     assert {row["load"] for row in rows} == {"40 %"}
