@@ -31,7 +31,7 @@ from slos_serve.client.routed import RoutedClient, control_output
 from .demo import ServerFailed, concluded, measured_rate, stop, tail
 
 LOCUSTFILE: Final = Path(__file__).with_name("locustfile.py")
-LOAD: Final = 0.3  # of the measured token rate: an instance fewer, and another one starting, on the same cores
+LOAD: Final = 0.2  # of the measured token rate: an instance fewer, and another one starting, on the same cores
 LEAST_RATE: Final = 1.0  # arrivals per second, or nobody would be there to lose a server
 READY_SECONDS: Final = 600.0
 GRACE_SECONDS: Final = 90.0

@@ -3,7 +3,7 @@
     slos-serve reality                     profile, serve three loads twice, compare the second time
     slos-serve reality --recording FILE    compare the second half of a run that a server with `--record` wrote
 
-How long steps and pauses are in the simulation is fitted to the first time, other requests at the same loads.
+How long steps and pauses are in the simulation is fitted to the first times, other requests at the same loads.
 How live and simulated are made comparable: `scheduler.comparison`. Never looks into the server.
 """
 
@@ -35,7 +35,6 @@ LOADS: Final = (0.5, 0.8, 1.1)
 PROBE_SECONDS: Final = 8.0
 GRACE_SECONDS: Final = 60.0
 SETTLE_SECONDS: Final = 2.0
-FIT: Final = "fit-"  # ids of the requests that the simulation learns from begin so
 
 _HEADER: Final = (
     "load",
@@ -110,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loads", type=float, nargs="+", default=LOADS, help="shares of capacity (default: .5 .8 1.1)")
     parser.add_argument("--seconds", type=float, default=30.0, help="length of each load (default: %(default)s)")
     parser.add_argument("--profile-seconds", type=float, default=20.0, help="first measure so long (%(default)s)")
-    parser.add_argument("--fit-seconds", type=float, default=15.0, help="of each load to learn from (%(default)s)")
+    parser.add_argument("--fit-seconds", type=float, default=20.0, help="of each load to learn from (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting for this run")
     text = "requests at a time that measure the capacity (default: %(default)s)"
     parser.add_argument("--probe-requests", type=int, default=PROBE_REQUESTS, help=text)
@@ -132,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.recording}: there is no recording in it")
         ids = [request.id for request in recordings[-1].requests]
         first, second = set(ids[: len(ids) // 2]), set(ids[len(ids) // 2 :])
-        rows = _compared(recordings[-1], first.__contains__, {"second half": second.__contains__})
+        rows = _compared(recordings[-1], [first.__contains__], {"second half": second.__contains__})
         return _conclude(args, rows, [])
     try:
         return asyncio.run(_measure(args))
@@ -163,18 +162,23 @@ async def _measure(args: argparse.Namespace) -> int:
             loads, faults = await _play(args, served.grpc)
         with path.open(encoding="utf-8") as file:
             (recording,) = read(file)
-    return _conclude(args, _compared(recording, partial(_starts_with, FIT), loads), faults)
+    learn_from = [partial(_starts_with, _fit_prefix(number)) for number in range(len(loads))]
+    return _conclude(args, _compared(recording, learn_from, loads), faults)
 
 
 def _compared(
-    recording: Recording, learn_from: Callable[[str], bool], loads: dict[str, Callable[[str], bool]]
+    recording: Recording, learn_from: Sequence[Callable[[str], bool]], loads: dict[str, Callable[[str], bool]]
 ) -> list[Comparison]:
     policy = recording.header.policy
     if policy not in POLICIES:
         raise ValueError(f"policy of the recording: must be one of {', '.join(POLICIES)}, got {policy!r}")
-    world = observe(phase(recording.calls, learn_from))
+    make = POLICIES[policy]
+    world = observe(phase(recording.calls, belongs) for belongs in learn_from)
     print(f"steps vary by {100 * world.noise:.0f} % around {world.perf.to_json()}, pauses are {world.turnaround}")
-    return compare(recording, POLICIES[policy], loads, world)
+    same = {name: observe([phase(recording.calls, belongs)]) for name, belongs in loads.items()}
+    known = [row for name in loads for row in compare(recording, make, {name: loads[name]}, same[name])]
+    print(f"if the simulation knew how long the steps of each load itself were: {gap(known)}")
+    return compare(recording, make, loads, world)
 
 
 async def _profile(version: Path, output: Path, seconds: float) -> None:
@@ -183,6 +187,11 @@ async def _profile(version: Path, output: Path, seconds: float) -> None:
     process = await asyncio.create_subprocess_exec(*command)
     if await process.wait():
         raise ServerFailed("the engine could not be measured")
+
+
+def _fit_prefix(number: int) -> str:
+    """How the ids of the requests begin that the simulation learns from."""
+    return f"fit-{number}-"
 
 
 def _starts_with(prefix: str, request_id: str) -> bool:
@@ -207,9 +216,8 @@ async def _play(args: argparse.Namespace, address: str) -> tuple[dict[str, Calla
             faults.extend(ledger.faults())
 
         for number, load in enumerate(args.loads):
-            await serve(f"to learn from, {100 * load:.0f} %", f"{FIT}{number}-", load, args.fit_seconds)
-        for number, load in enumerate(args.loads):
             name, prefix = f"{100 * load:.0f} %", f"load-{number}-"
+            await serve(f"to learn from, {name}", _fit_prefix(number), load, args.fit_seconds)
             await serve(name, prefix, load, args.seconds)
             loads[name] = partial(_starts_with, prefix)
     return loads, faults

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .core import Chunk
+from .core import Chunk, StepReport
 from .perf import BatchShape, PerfModel, fit
 from .recording import Added, Call, Cancelled, Planned
 from .simulator import Turnaround
@@ -50,15 +50,19 @@ def shape_of(chunks: Iterable[Chunk]) -> BatchShape:
 
 
 def phase(calls: Sequence[Call], belongs: Callable[[str], bool]) -> Sequence[Call]:
-    """The calls from the first request that belongs to the first after it that does not; none where none does."""
+    """The calls from the first request that belongs to the last token of one; none where none does.
+
+    Others may come in between, such as the requests that ask whether a server lives.
+    """
     start: int | None = None
+    end = 0
     for index, call in enumerate(calls):
         if isinstance(call, Added):
             if start is None and belongs(call.request.id):
                 start = index
-            elif start is not None and not belongs(call.request.id):
-                return calls[start:index]
-    return [] if start is None else calls[start:]
+        elif isinstance(call, StepReport) and any(belongs(advance.request_id) for advance in call.advances):
+            end = index + 1
+    return [] if start is None else calls[start:end]
 
 
 def steps(calls: Iterable[Call]) -> list[Step]:
@@ -86,9 +90,9 @@ def steps(calls: Iterable[Call]) -> list[Step]:
     return found
 
 
-def observe(calls: Iterable[Call]) -> Observed:
-    """Fit what these calls tell. Raises ValueError when they hold fewer than four steps."""
-    found = [step for step in steps(calls) if step.seconds > 0.0]
+def observe(parts: Iterable[Iterable[Call]]) -> Observed:
+    """Fit what these parts of a run tell. Raises ValueError when they hold fewer than four steps."""
+    found = [step for calls in parts for step in steps(calls) if step.seconds > 0.0]
     perf = fit([step.shape for step in found], [step.seconds for step in found])
     ratios = np.log([step.seconds / perf.seconds(step.shape) for step in found])
     noise = float(np.std(ratios))

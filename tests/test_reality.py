@@ -66,7 +66,7 @@ def test_the_live_side_is_what_was_recorded() -> None:
         name: outcome.token_times for name, outcome in outcomes.items()
     }
     assert all(life.ended for life in found.values())
-    world = observe(phase(recording.calls, probing))
+    world = observe([phase(recording.calls, probing)])
     rows = compare(recording, POLICIES["slos_serve"], {"load": lambda name: name.startswith("load-")}, world)
     assert [row.slo_class for row in rows] == ["chat", "code", "free", ALL]
     promised = [
@@ -81,7 +81,7 @@ def test_the_live_side_is_what_was_recorded() -> None:
 def test_the_simulation_is_as_slow_as_the_run_was(slowness: float) -> None:
     """A machine that is slower or faster than its profile, pausing in its own way, is predicted from a minute."""
     recording, _ = run(slowness, Turnaround(0.002, 0.0001), seed=3)
-    world = observe(phase(recording.calls, probing))
+    world = observe([phase(recording.calls, probing)])
     assert world.noise == pytest.approx(0.02, rel=0.5)
     assert world.turnaround.base == pytest.approx(0.002, rel=0.05)
     assert world.turnaround.per_chunk == pytest.approx(0.0001, rel=0.05)
