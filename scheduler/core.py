@@ -58,7 +58,8 @@ class Request:
 
     A session's tool rounds are requests of their own that share `session`; each arrives when its tool
     has answered. `cached_tokens` of the prompt have their KV already (a prefix hit the engine has pinned
-    and counts as this request's blocks). `weight` is the value of keeping the promise.
+    and counts as this request's blocks). `weight` is the value of keeping the promise, less where its session
+    was late before (see `sessions`).
     `expected_new_tokens` is the caller's estimate of the output length, if it has one.
     """
 

@@ -42,6 +42,7 @@ from .core import (
 )
 from .perf import PerfModel
 from .policies import Policy, SloServe, decide, loop_of
+from .sessions import LateSessions
 from .table import BEST_EFFORT, PROMISED, PROVISIONAL, Table
 
 RARE: Final = 0.05  # share of requests whose TTFT is too short to plan by
@@ -61,7 +62,8 @@ class PlannerConfig:
     lengths are predicted, a name of `lengths.MODES`. `drafts`: the rule for guesses, a name of `drafting.RULES`.
     `pace`: longest iteration beside promised decodes, in their tightest TPOT (longer ones spend the slack of
     early tokens). `commit_late` off promises or declines at once and for good; `prefill_only` off never lets
-    decodes wait for an urgent prompt: both are there to measure what the ideas are worth.
+    decodes wait for an urgent prompt, `whole_sessions` off takes each round of a session for itself: they are there
+    to measure what the ideas are worth.
     """
 
     cap: float = 0.08
@@ -78,6 +80,7 @@ class PlannerConfig:
     drafts: str = "cost"
     commit_late: bool = True
     prefill_only: bool = True
+    whole_sessions: bool = True
 
     def __post_init__(self) -> None:
         bounds = {
@@ -134,6 +137,8 @@ class Scheduler:
         self.limits = self._fixed_limits()
         self.classes: NDArray[np.float64] = np.zeros((0, lengths.COLUMNS))
         self._class_of: dict[str, int] = {}
+        self._late = LateSessions()
+        self._session_of: dict[RequestId, str] = {}
         self._outstanding: _Outstanding | None = None
         self._allocate(0)
 
@@ -162,6 +167,9 @@ class Scheduler:
         real[table.DUE, slot] = request.arrived_at + first.slo.ttft if first.slo else math.inf
         real[table.TPOT, slot] = first.slo.tpot if first.slo else math.inf
         real[table.WEIGHT, slot] = request.weight
+        if request.session is not None and first.slo and self.config.whole_sessions:
+            real[table.WEIGHT, slot] *= self._late.worth(request.session, now)
+            self._session_of[request.id] = request.session
         real[table.SERVED, slot] = now
         real[table.ACCEPT, slot] = self.classes[number, lengths.ACCEPTANCE]
         real[table.ASKED, slot] = math.nan if request.expected_new_tokens is None else request.expected_new_tokens
@@ -189,8 +197,17 @@ class Scheduler:
         self.books[learning.SHARED_BLOCKS] -= min(int(self.books[learning.SHARED_BLOCKS]), held)
         if self._outstanding is not None:
             self._outstanding.slots[self._outstanding.slots == slot] = -1
+        self._session_of.pop(request_id, None)
         self.table.remove(request_id)
         return True
+
+    def ended(self, request_id: RequestId, now: float) -> None:
+        """A request got its last token: its slot is free, and its session remembers whether it was promised."""
+        session = self._session_of.pop(request_id, None)
+        if session is not None:
+            kind = self.table.whole[table.KIND, self.table.slot_of[request_id]]
+            self._late.ended(session, bool(kind == PROMISED), now)
+        self.table.remove(request_id)
 
     def plan(self, now: float) -> Plan:
         """What to run now. Raises RuntimeError when the plan before was not reported."""
@@ -226,7 +243,7 @@ class Scheduler:
             self.capabilities.block_tokens, self.done,
         )  # fmt: skip
         for slot in self.done[:ended].tolist():
-            held.remove(held.ids[slot])
+            self.ended(held.ids[slot], report.finished_at)
         self.books[learning.SHARED_BLOCKS] = report.shared_blocks
         if report.free_blocks is not None and report.free_blocks != self.free_blocks:
             raise RuntimeError(

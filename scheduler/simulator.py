@@ -443,7 +443,7 @@ class _Play:
         names = [table.ids[slot] for slot in active[alive : alive + num_ended].tolist()]
         for name in names:
             self.outcomes[name].preemptions += int(engine.live[EVICTIONS, engine.slot_of[name]])
-            table.remove(name)
+            scheduler.ended(name, self.now)
             engine.release(name)
         self.live -= num_ended
         return why != IDLE, names

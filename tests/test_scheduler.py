@@ -313,6 +313,32 @@ def test_the_published_planner_decides_a_crowd_over_several_steps() -> None:
     assert [name for name, admitted in last.items() if admitted and not outcomes[name].attained] == []
 
 
+def who_goes_first(first_ttft: float, after: float) -> list[str]:
+    """A session's first round, `after` seconds later its second of 800 tokens and a stranger of 900, of which only
+    one can be in time: who is admitted."""
+    requests = [
+        request("s.0", prompt=500, new=5, ttft=first_ttft, session="s"),
+        request("s.1", at=after, prompt=800, new=5, ttft=0.09, session="s"),
+        request("stranger", at=after, prompt=900, new=5, ttft=0.09),
+    ]
+    last: dict[str, bool] = {}
+    simulate(
+        requests,
+        dict.fromkeys(("s.0", "s.1", "stranger"), 5),
+        Scheduler(CAPS, PERF),
+        SimulatedEngine(CAPS, PERF),
+        on_step=lambda plan, _: last.update({each.request_id: each.admitted for each in plan.decisions}),
+    )
+    return [name for name in ("s.1", "stranger") if last[name]]
+
+
+def test_a_session_that_was_late_yields() -> None:
+    """Of two of which one can be in time the larger yields, unless the other's session has broken its promise."""
+    assert who_goes_first(1.0, after=1.0) == ["s.1"]
+    assert who_goes_first(0.02, after=1.0) == ["stranger"]
+    assert who_goes_first(0.02, after=60.0) == ["s.1"], "after a rest it is another piece of work"
+
+
 def test_the_published_planner_keeps_the_mean_of_every_block() -> None:
     """Beside prompts that fill every iteration, whom it admitted gets each ten tokens in ten times the TPOT."""
     requests = [request(f"r{i}", at=0.05 * i, prompt=600, new=35, ttft=1.0, tpot=0.05) for i in range(40)]
