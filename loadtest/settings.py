@@ -29,6 +29,7 @@ ABLATIONS: Final[Mapping[str, Setting]] = {
     "little_reserve": Setting({"reserve": 1.15}),
     "short_iterations": Setting({"wait": 0.0}),
     "no_prefill_only": Setting({"prefill_only": False}),
+    "unspent_lead": Setting({"spend_lead": False}),
     "rounds_alone": Setting({"whole_sessions": False}),
     "no_margin": Setting({"margin": 0.0}),
     "fixed_margin": Setting({"margin": 0.1}),

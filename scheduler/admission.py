@@ -92,6 +92,8 @@ def admit(
     cap: float,
     decodes: float,
     context: float,
+    beside: float,
+    beside_context: float,
     tightest: float,
     slack: float,
     room: float,
@@ -101,8 +103,9 @@ def admit(
     """Choose among the provisional slots `order` (by deadline); returns how many, in `accepted`.
 
     `cap` is the longest iteration, `decodes` and `context` the promised decodes and the sum of their
-    contexts, `tightest` their tightest TPOT, `slack` the seconds until the first of them is due, `room`
-    the KV blocks not spoken for. With `settle` nobody admitted before is set back. `verdict[i]` tells of
+    contexts, `beside` and `beside_context` those of them that the mean iteration carries until the prompts are due,
+    `tightest` their tightest TPOT, `slack` the seconds until the first of them is due, `room` the KV blocks not
+    spoken for. With `settle` nobody admitted before is set back. `verdict[i]` tells of
     `order[i]`. O(n^2) at worst, O(n) when all fit.
     """
     count = 0
@@ -136,9 +139,9 @@ def admit(
         tightest = pace
         while count > 0:
             period = min(cap, tightest)
-            beside = decodes + 0.5 * (count - 1)
+            rows, past = beside + 0.5 * (count - 1), beside_context + 0.5 * grown
             first = real[DUE, accepted[0]] - now
-            finish = finish_after(perf, period, first, beside, context + 0.5 * grown, tokens, area)
+            finish = finish_after(perf, period, first, rows, past, tokens, area)
             if finish > due:
                 # A batch without the decodes is shorter, when they can wait for it.
                 alone = batch_seconds(perf, tokens, 0.0, area, 0.0) * margin

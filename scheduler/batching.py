@@ -21,6 +21,7 @@ import numpy as np
 from .admission import Verdict, admit, shortest_period
 from .drafting import draft_steps, own_steps, tier_steps
 from .jit import compiled
+from .lead import in_need, load_until
 from .selection import refine
 from .table import (
     BEST_EFFORT,
@@ -71,7 +72,8 @@ OWN_DRAFT: Final = 19  # 1 when each decode may have its own number of guesses
 BY_TIER: Final = 20  # 1 when the published rule per tier chooses the guesses
 SHORT_TTFT: Final = 21  # what nearly all TTFTs asked for lately exceed, seconds
 WAIT: Final = 22  # how much of it an iteration may take that is planned
-LIMITS: Final = 23
+SPEND_LEAD: Final = 23  # 1 when decodes that are ahead wait for prompts in need
+LIMITS: Final = 24
 
 # `batch`: one row for each chunk.
 SLOT: Final = 0
@@ -297,6 +299,31 @@ def prompt_tokens_within(perf: Any, seconds: float, load: Any, past: float, left
 
 
 # The steps of compose
+
+
+@compiled
+def beside_prompts(
+    real: Any, whole: Any, decodes: Any, waiting: Any, now: float, load: Any, limits: Any
+) -> tuple[float, float]:
+    """How many decodes the mean iteration carries until those that wait are due, and the sum of their contexts."""
+    if limits[SPEND_LEAD] < 0.5 or waiting.size == 0:
+        return load[DECODES], load[CONTEXT]
+    seconds = float(real[DUE][waiting].mean()) - now
+    return load_until(real, whole, decodes, now, seconds, limits[PACE])
+
+
+@compiled
+def decodes_to_run(
+    real: Any, whole: Any, decodes: Any, accepted: Any, now: float, period: float, perf: Any, load: Any, limits: Any
+) -> Any:
+    """All of them; without those that can wait where the accepted prompts do not fit beside all."""
+    left = 0.0
+    for slot in accepted:
+        left += whole[KNOWN, slot] - whole[COMPUTED, slot]
+    fits = left <= tokens_within(perf, period, load[CONTEXT], 0.0, 0.0) - load[DECODES]
+    if fits or limits[SPEND_LEAD] < 0.5:
+        return decodes
+    return in_need(real, whole, decodes, now, limits[PACE])
 
 
 @compiled
@@ -550,14 +577,15 @@ def compose(
     order = waiting[:num_waiting][np.argsort(real[DUE][waiting[:num_waiting]], kind="mergesort")]
     slots_accepted = np.empty(num_waiting + 1, np.int64)
     verdict = np.zeros(num_waiting, np.int64)
+    beside, beside_context = beside_prompts(real, whole, decodes, order, now, load, limits)
     num_accepted = admit(
         real, whole, order, slots_accepted, verdict, perf, now, limits[CAP], load[DECODES], load[CONTEXT],
-        tightest, first_due - now, room, int(limits[BLOCK_TOKENS]), limits[SETTLE] > 0.5,
+        beside, beside_context, tightest, first_due - now, room, int(limits[BLOCK_TOKENS]), limits[SETTLE] > 0.5,
     )  # fmt: skip
     if limits[SETTLE] < 0.5:
         num_accepted = refine(
             real, whole, order, slots_accepted, num_accepted, verdict, decodes, perf, now, limits[CAP], load[CONTEXT],
-            tightest, first_due - now, room, int(limits[BLOCK_TOKENS]),
+            beside, beside_context, tightest, first_due - now, room, int(limits[BLOCK_TOKENS]),
         )  # fmt: skip
     accepted = slots_accepted[:num_accepted]
     admitted = np.zeros(slots, np.bool_)
@@ -568,6 +596,7 @@ def compose(
             whole[KIND, order[i]] = BEST_EFFORT
 
     period, idle, decodes_wait = period_of(real, whole, accepted, now, first_due, tightest, load, perf, limits)
+    running = decodes_to_run(real, whole, decodes, accepted, now, period, perf, load, limits)
 
     load[:OWED] = 0.0
     in_batch = np.zeros(slots, np.bool_)
@@ -577,8 +606,8 @@ def compose(
     steps = np.zeros(slots, np.int64)
     guessed = 0.0
     if not decodes_wait:
-        make_room_for_decodes(whole, decodes, accepted, spare[:num_spare], in_batch, limits, evicted, counts)
-        place_promised(whole, decodes, chosen, in_batch, limits, load)
+        make_room_for_decodes(whole, running, accepted, spare[:num_spare], in_batch, limits, evicted, counts)
+        place_promised(whole, running, chosen, in_batch, limits, load)
         if limits[MAX_DRAFT] > 0 and memory_binds(verdict, limits):
             # Memory is what everybody waits for: decodes that end sooner are worth more than prefill, but for
             # what admitted prompts need; the reserve is what they do not.
@@ -598,8 +627,8 @@ def compose(
     )  # fmt: skip
     load[TOKENS] -= guessed
 
-    if decodes_wait and load[MEMBERS] == 0:
-        # The urgent prompt found no memory after all: the decodes it would have displaced run.
+    if load[MEMBERS] == 0:
+        # The prompts found no memory after all: the decodes they would have displaced run.
         make_room_for_decodes(whole, decodes, accepted, spare[:num_spare], in_batch, limits, evicted, counts)
         place_promised(whole, decodes, chosen, in_batch, limits, load)
 

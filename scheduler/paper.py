@@ -43,8 +43,9 @@ from .batching import (
 )
 from .drafting import TIERS, tier_drafts, tier_of, tiers_of
 from .jit import compiled
+from .lead import dues
 from .selection import FREE, choose
-from .table import ACCEPT, BEST_EFFORT, BLOCK_AT, BLOCK_GAPS, DUE, KIND, TPOT, VERDICT
+from .table import ACCEPT, BEST_EFFORT, DUE, KIND, TPOT, VERDICT
 from .timemodel import MARGIN, batch_seconds
 
 _UNDECIDED: Final = int(Verdict.UNDECIDED)
@@ -90,15 +91,6 @@ def decide_new(
             if not taken[i]:
                 whole[KIND, order[i]] = BEST_EFFORT
     return order[whole[VERDICT][order] == _ADMITTED]
-
-
-@compiled
-def dues(real: Any, whole: Any, decodes: Any, blocks: bool) -> Any:
-    """When the next token of each decode is due; with `blocks` no later than its block's mean allows."""
-    due = real[DUE][decodes]
-    if blocks:
-        due = np.minimum(due, real[BLOCK_AT][decodes] + (whole[BLOCK_GAPS][decodes] + 1.0) * real[TPOT][decodes])
-    return due
 
 
 @compiled

@@ -62,8 +62,8 @@ class PlannerConfig:
     lengths are predicted, a name of `lengths.MODES`. `drafts`: the rule for guesses, a name of `drafting.RULES`.
     `pace`: longest iteration beside promised decodes, in their tightest TPOT (longer ones spend the slack of
     early tokens). `commit_late` off promises or declines at once and for good; `prefill_only` off never lets
-    decodes wait for an urgent prompt, `whole_sessions` off takes each round of a session for itself: they are there
-    to measure what the ideas are worth.
+    decodes wait for an urgent prompt, `spend_lead` off has every decode in every other iteration, `whole_sessions` off
+    takes each round of a session for itself: they are there to measure what the ideas are worth.
     """
 
     cap: float = 0.08
@@ -80,6 +80,7 @@ class PlannerConfig:
     drafts: str = "cost"
     commit_late: bool = True
     prefill_only: bool = True
+    spend_lead: bool = True
     whole_sessions: bool = True
 
     def __post_init__(self) -> None:
@@ -303,6 +304,7 @@ class Scheduler:
         limits[batching.PACE] = config.pace
         limits[batching.SETTLE] = not config.commit_late
         limits[batching.PURE] = config.prefill_only
+        limits[batching.SPEND_LEAD] = config.spend_lead
         limits[batching.OWN_DRAFT] = caps.per_request_draft
         limits[batching.BY_TIER] = config.drafts == "tiers"
         return limits

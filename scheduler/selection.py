@@ -135,7 +135,8 @@ def value_of(real: Any, slots: Any) -> float:
 @compiled
 def refine(
     real: Any, whole: Any, order: Any, accepted: Any, count: int, verdict: Any, decodes: Any, perf: Any, now: float,
-    cap: float, context: float, tightest: float, slack: float, room: float, block_tokens: int,
+    cap: float, context: float, beside: float, beside_context: float, tightest: float, slack: float, room: float,
+    block_tokens: int,
 ) -> int:  # fmt: skip
     """Look for a more valuable set than the `count` in `accepted`, where setting back the largest may be wrong.
 
@@ -153,8 +154,8 @@ def refine(
     some = order[taken]
     others, found = np.empty(some.size + 1, np.int64), np.zeros(some.size, np.int64)
     number = admit(
-        real, whole, some, others, found, perf, now, cap, float(decodes.size), context, tightest, slack, room,
-        block_tokens, False,
+        real, whole, some, others, found, perf, now, cap, float(decodes.size), context, beside, beside_context,
+        tightest, slack, room, block_tokens, False,
     )  # fmt: skip
     if value_of(real, others[:number]) <= value_of(real, accepted[:count]) + 1e-9:
         return count

@@ -339,6 +339,30 @@ def test_a_session_that_was_late_yields() -> None:
     assert who_goes_first(0.02, after=60.0) == ["s.1"], "after a rest it is another piece of work"
 
 
+def iterations_without(name: str, config: PlannerConfig) -> int:
+    """Of a decode that is ahead and a later prompt of two iterations: in how many the decode does not run."""
+    requests = [request(name, new=40), request("prompt", at=0.06, prompt=1900, new=2, ttft=0.4)]
+    missing = 0
+
+    def watch(plan: Plan, _: StepReport) -> None:
+        nonlocal missing
+        missing += all(chunk.request_id != name for chunk in plan.chunks)
+
+    outcomes = simulate(
+        requests, {name: 40, "prompt": 2}, Scheduler(CAPS, PERF, config), SimulatedEngine(CAPS, PERF), on_step=watch
+    )
+    for each in outcomes.values():
+        assert each.attained
+        assert block_attained(each.request.stages, each.stage_tokens, each.request.arrived_at, each.token_times)
+    return missing - sum(time > outcomes[name].token_times[-1] for time in outcomes["prompt"].token_times)
+
+
+def test_decodes_that_are_ahead_wait_for_a_prompt_in_need() -> None:
+    """They spend their lead and no more: all their tokens come in time, and in every block."""
+    assert iterations_without("early", PlannerConfig()) == 1
+    assert iterations_without("early", PlannerConfig(spend_lead=False)) == 0
+
+
 def test_the_published_planner_keeps_the_mean_of_every_block() -> None:
     """Beside prompts that fill every iteration, whom it admitted gets each ten tokens in ten times the TPOT."""
     requests = [request(f"r{i}", at=0.05 * i, prompt=600, new=35, ttft=1.0, tpot=0.05) for i in range(40)]

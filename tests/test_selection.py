@@ -34,8 +34,9 @@ def admitted(scheduler: Scheduler, order: np.ndarray, room: float) -> tuple[np.n
     accepted, verdict = np.zeros(order.size + 1, np.int64), np.zeros(order.size, np.int64)
     real, whole = scheduler.table.real, scheduler.table.whole
     count = admit(
-        real, whole, order, accepted, verdict, scheduler.model, NOW, 0.08, 0.0, 0.0, np.inf, np.inf, room, 16, False
-    )
+        real, whole, order, accepted, verdict, scheduler.model, NOW, 0.08, 0.0, 0.0, 0.0, 0.0, np.inf, np.inf, room, 16,
+        False,
+    )  # fmt: skip
     return accepted, verdict, count
 
 
@@ -49,7 +50,7 @@ def test_values_and_memory_are_weighed() -> None:
         plain = weight[accepted[:count]].sum()
         count = selection.refine(
             scheduler.table.real, scheduler.table.whole, order, accepted, count, verdict, np.zeros(0, np.int64),
-            scheduler.model, NOW, 0.08, 0.0, np.inf, np.inf, room, 16,
+            scheduler.model, NOW, 0.08, 0.0, 0.0, 0.0, np.inf, np.inf, room, 16,
         )  # fmt: skip
         kept = weight[accepted[:count]].sum()
         assert kept >= plain

@@ -1,0 +1,40 @@
+"""Decodes that are ahead of what they owe: their next tokens may wait while prompts are in need.
+
+A token is due by its stage's pace, and so early that the mean of its block of ten keeps it. What a decode has beyond
+that is its lead. In quiet times decodes run in every iteration and gain lead; under a burst it buys prefill.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from .jit import compiled
+from .table import BLOCK_AT, BLOCK_GAPS, COMPUTED, DUE, TPOT
+
+AHEAD: Final = 3.0  # paces that a decode keeps of its lead
+
+
+@compiled
+def dues(real: Any, whole: Any, decodes: Any, blocks: bool) -> Any:
+    """When the next token of each is due, absolute seconds; with `blocks` no later than its block's mean allows."""
+    due = real[DUE][decodes]
+    if blocks:
+        due = np.minimum(due, real[BLOCK_AT][decodes] + (whole[BLOCK_GAPS][decodes] + 1.0) * real[TPOT][decodes])
+    return due
+
+
+@compiled
+def in_need(real: Any, whole: Any, decodes: Any, now: float, pace: float) -> Any:
+    """The decodes that may not wait for an iteration of at most `pace` times their TPOT."""
+    return decodes[dues(real, whole, decodes, True) < now + AHEAD * pace * real[TPOT][decodes]]
+
+
+@compiled
+def load_until(real: Any, whole: Any, decodes: Any, now: float, seconds: float, pace: float) -> tuple[float, float]:
+    """How many of the decodes run in the mean iteration of the next `seconds`, when all leads are spent first, and
+    the sum of their contexts."""
+    lead = dues(real, whole, decodes, True) - now - AHEAD * pace * real[TPOT][decodes]
+    share = 1.0 - np.minimum(np.maximum(lead, 0.0) / max(seconds, 1e-3), 1.0)
+    return float(share.sum()), float((share * whole[COMPUTED][decodes]).sum())
