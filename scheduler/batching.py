@@ -46,6 +46,7 @@ _ADMITTED: Final = int(Verdict.ADMITTED)
 _MISSED: Final = int(Verdict.MISSED)
 _RELEGATED: Final = int(Verdict.RELEGATED)
 _MEMORY: Final = int(Verdict.MEMORY)
+ROOMY: Final = 0.6  # share of the blocks that the promised leave where decodes may wait
 SCARCE: Final = 0.02  # share of the blocks below which memory is what everybody waits for
 
 # `limits`: what the engine and the configuration allow (float64), and the memory there is.
@@ -303,10 +304,10 @@ def prompt_tokens_within(perf: Any, seconds: float, load: Any, past: float, left
 
 @compiled
 def beside_prompts(
-    real: Any, whole: Any, decodes: Any, waiting: Any, now: float, load: Any, limits: Any
+    real: Any, whole: Any, decodes: Any, waiting: Any, now: float, spend: bool, load: Any, limits: Any
 ) -> tuple[float, float]:
     """How many decodes the mean iteration carries until those that wait are due, and the sum of their contexts."""
-    if limits[SPEND_LEAD] < 0.5 or waiting.size == 0:
+    if not spend or waiting.size == 0:
         return load[DECODES], load[CONTEXT]
     seconds = float(real[DUE][waiting].mean()) - now
     return load_until(real, whole, decodes, now, seconds, limits[PACE])
@@ -314,14 +315,15 @@ def beside_prompts(
 
 @compiled
 def decodes_to_run(
-    real: Any, whole: Any, decodes: Any, accepted: Any, now: float, period: float, perf: Any, load: Any, limits: Any
-) -> Any:
+    real: Any, whole: Any, decodes: Any, accepted: Any, now: float, period: float, spend: bool, perf: Any, load: Any,
+    limits: Any,
+) -> Any:  # fmt: skip
     """All of them; without those that can wait where the accepted prompts do not fit beside all."""
     left = 0.0
     for slot in accepted:
         left += whole[KNOWN, slot] - whole[COMPUTED, slot]
     fits = left <= tokens_within(perf, period, load[CONTEXT], 0.0, 0.0) - load[DECODES]
-    if fits or limits[SPEND_LEAD] < 0.5:
+    if fits or not spend:
         return decodes
     return in_need(real, whole, decodes, now, limits[PACE])
 
@@ -577,7 +579,9 @@ def compose(
     order = waiting[:num_waiting][np.argsort(real[DUE][waiting[:num_waiting]], kind="mergesort")]
     slots_accepted = np.empty(num_waiting + 1, np.int64)
     verdict = np.zeros(num_waiting, np.int64)
-    beside, beside_context = beside_prompts(real, whole, decodes, order, now, load, limits)
+    # A decode that waits holds its memory longer.
+    spend = limits[SPEND_LEAD] > 0.5 and room >= ROOMY * limits[NUM_BLOCKS]
+    beside, beside_context = beside_prompts(real, whole, decodes, order, now, spend, load, limits)
     num_accepted = admit(
         real, whole, order, slots_accepted, verdict, perf, now, limits[CAP], load[DECODES], load[CONTEXT],
         beside, beside_context, tightest, first_due - now, room, int(limits[BLOCK_TOKENS]), limits[SETTLE] > 0.5,
@@ -596,7 +600,7 @@ def compose(
             whole[KIND, order[i]] = BEST_EFFORT
 
     period, idle, decodes_wait = period_of(real, whole, accepted, now, first_due, tightest, load, perf, limits)
-    running = decodes_to_run(real, whole, decodes, accepted, now, period, perf, load, limits)
+    running = decodes_to_run(real, whole, decodes, accepted, now, period, spend, perf, load, limits)
 
     load[:OWED] = 0.0
     in_batch = np.zeros(slots, np.bool_)
