@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
-REST: Final = 30.0  # seconds after which the next request of a session is no round of the same piece of work
+REST: Final = 10.0  # seconds after which the next request of a session is no round of the same piece of work
 MOST: Final = 10_000  # late sessions remembered
 WORTH: Final = 0.01  # of a round whose session was late
 
