@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from .packed import Floats, PackedLinear
 from .paged_kernel import TILE, attend, place
 from .product_kernel import add_norm, gate
 
+_FEW: Final = 4  # rows of a tile whose scores of all heads stay in the cache
 _NOTHING = np.empty(0, np.float32)
 _NO_TURNS = np.empty((0, 2, 0), np.float32)
 
@@ -67,7 +68,10 @@ class CpuBatch:
             eps, scaling, *kv, *shape,
         )  # fmt: skip
         work = 2 * self.pairs * heads * cache.head_dim
-        run(attend, len(self.tiles) * cache.kv_heads, work, qkv, row_size, self.tiles, self.table, *kv, out, *shape)
+        few = int(self.tiles[:, 3].max()) <= _FEW and len(self.tiles) >= torch.get_num_threads()
+        together = cache.kv_heads if few else 1
+        units = len(self.tiles) * cache.kv_heads // together
+        run(attend, units, work, qkv, row_size, self.tiles, self.table, *kv, out, *shape, together)
 
 
 def pack(spans: Sequence[Span], cache: CpuCache, heads_per_kv: int) -> CpuBatch:

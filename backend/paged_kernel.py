@@ -2,9 +2,10 @@
 
 Keys lie transposed, [blocks, kv heads, head dim, block tokens], so that sixteen keys meet a query at once; values
 [blocks, kv heads, block tokens, head dim padded to 16]. Both are float32 or the upper halves of it (bfloat16).
-A tile is a few query rows of one request and the query heads of one KV head: they share what is read. Scores,
-softmax and sums are float32; each row sums over its own keys in their order, sixteen sums for the softmax, one
-for each value: nothing that a row meets in a tile or a batch changes a bit of its result.
+A tile is a few query rows of one request; the query heads of one KV head share what is read. Where rows are few,
+all KV heads go together through the blocks, so that memory is read in its order and in long runs. Scores, softmax
+and sums are float32; each row sums over its own keys in their order, sixteen sums for the softmax, one for each
+value: nothing that a row meets in a tile or a batch changes a bit of its result.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .lanes import (
 )
 
 TILE: Final = 32  # query rows times query heads in a tile, about
-_AHEAD: Final = 4  # how many steps of 16 keys ahead memory is asked for
+_LONG: Final = 1 << 15  # bytes of a block that memory delivers on its own, faster than when asked for the next
 
 
 @compiled
@@ -98,88 +99,115 @@ def _turn(part: Any, turn: Any) -> None:
 @compiled
 def attend(
     qkv: Any, row_size: int, tiles: Any, table: Any, keys: Any, values: Any, out: Any,
-    heads: int, kv_heads: int, head_dim: int, block_tokens: int, first_unit: int, last_unit: int,
+    heads: int, kv_heads: int, head_dim: int, block_tokens: int, together: int, first_unit: int, last_unit: int,
 ) -> None:  # fmt: skip
-    """Attention of the units (tile, KV head) in a range; `qkv` as `place` leaves it.
+    """Attention of the units (tile, `together` KV heads) in a range; `qkv` as `place` leaves it.
 
     `tiles` [tiles, 4]: packed row, row of `table`, position and number of query rows. `table` [requests, blocks].
-    `out` [tokens, heads * head dim].
+    `out` [tokens, heads * head dim]. `together` divides the KV heads.
     """
     group = heads // kv_heads
     padded = -(-head_dim // WIDTH) * WIDTH
+    shares = kv_heads // together
     most, longest = 0, 0
     for unit in range(first_unit, last_unit):
-        tile = tiles[unit // kv_heads]
+        tile = tiles[unit // shares]
         most, longest = max(most, tile[3] * group), max(longest, tile[2] + tile[3])
-    most += most % 2
+    most = (most + most % 2) * together
     query = np.zeros(most * head_dim, np.float32)
     scores = np.empty(most * -(-longest // WIDTH) * WIDTH, np.float32)
     sums = np.empty(most * padded, np.float32)
     wholes = np.empty(most, np.float32)
     for unit in range(first_unit, last_unit):
-        tile, head = tiles[unit // kv_heads], unit % kv_heads
+        tile, head = tiles[unit // shares], unit % shares * together
         rows, end = tile[3] * group, tile[2] + tile[3]
         even = rows + rows % 2
-        for row in range(rows):
-            at = (tile[0] + row // group) * row_size + (head * group + row % group) * head_dim
-            query[row * head_dim : (row + 1) * head_dim] = qkv[at : at + head_dim]
-        query[rows * head_dim : even * head_dim] = 0
-        sums[: even * padded] = 0
+        query[: even * together * head_dim] = 0
+        sums[: even * together * padded] = 0
+        for row in range(rows * together):
+            at = (tile[0] + row % rows // group) * row_size + ((head + row // rows) * group + row % group) * head_dim
+            to = (row // rows * even + row % rows) * head_dim
+            query[to : to + head_dim] = qkv[at : at + head_dim]
         blocks = table[tile[1]]
-        _score(query, blocks, keys, scores, even, end, head, kv_heads, head_dim, block_tokens)
-        for row in range(rows):
-            seen = tile[2] + row // group + 1
-            wholes[row] = _weigh(scores, row * (-(-end // WIDTH) * WIDTH), seen, end)
-        _sum(scores, blocks, values, sums, even, end, head, kv_heads, padded, block_tokens)
-        for row in range(rows):
-            at = (tile[0] + row // group) * heads * head_dim + (head * group + row % group) * head_dim
-            scale = np.float32(1) / wholes[row]
+        _score(query, blocks, keys, scores, even, end, head, together, kv_heads, head_dim, block_tokens)
+        for row in range(rows * together):
+            at = (row // rows * even + row % rows) * (-(-end // WIDTH) * WIDTH)
+            wholes[row] = _weigh(scores, at, tile[2] + row % rows // group + 1, end)
+        _sum(scores, blocks, values, sums, even, end, head, together, kv_heads, padded, block_tokens)
+        for row in range(rows * together):
+            at = ((tile[0] + row % rows // group) * heads + (head + row // rows) * group + row % group) * head_dim
+            begin, scale = (row // rows * even + row % rows) * padded, np.float32(1) / wholes[row]
             for index in range(head_dim):
-                out[at + index] = sums[row * padded + index] * scale
+                out[at + index] = sums[begin + index] * scale
 
 
 @compiled
 def _score(
     query: Any, blocks: Any, keys: Any, scores: Any,
-    rows: int, end: int, head: int, kv_heads: int, head_dim: int, block_tokens: int,
+    rows: int, end: int, first_head: int, together: int, kv_heads: int, head_dim: int, block_tokens: int,
 ) -> None:  # fmt: skip
-    """scores[rows, keys padded to 16] = query[rows, head dim] times keys: four rows at a time, or two in two steps."""
+    """scores[heads, rows, keys padded to 16] = query[heads, rows, head dim] times keys.
+
+    Four rows at a time, and two that are left in both halves of the keys, which memory can deliver side by side.
+    """
     last = -(-end // WIDTH) - 1
     stride = (last + 1) * WIDTH
     pair = rows - rows % 4
+    asks = together * head_dim * block_tokens * keys.itemsize < _LONG
     for step in range(last + 1 if pair else 0):
-        at = _key_at(blocks, step, head, kv_heads, head_dim, block_tokens)
-        ahead = _key_at(blocks, min(step + _AHEAD, last), head, kv_heads, head_dim, block_tokens)
-        for row in range(0, pair, 4):
+        for local in range(together):
+            at = _key_at(blocks, step, first_head + local, kv_heads, head_dim, block_tokens)
+            ahead = at
+            if asks:
+                next_step, next_head = _next(step, local, together, last)
+                ahead = _key_at(blocks, next_step, first_head + next_head, kv_heads, head_dim, block_tokens)
+            for row in range(local * rows, local * rows + pair, 4):
+                a = b = c = d = splat(np.float32(0))
+                here = 0
+                from_0, to = row * head_dim, row * stride + step * WIDTH
+                from_1, from_2, from_3 = from_0 + head_dim, from_0 + 2 * head_dim, from_0 + 3 * head_dim
+                for index in range(head_dim):
+                    prefetch(keys, ahead + here)
+                    key = load(keys, at + here)
+                    a, b = fma(spread(query, from_0 + index), key, a), fma(spread(query, from_1 + index), key, b)
+                    c, d = fma(spread(query, from_2 + index), key, c), fma(spread(query, from_3 + index), key, d)
+                    here += block_tokens
+                store(scores, to, a)
+                store(scores, to + stride, b)
+                store(scores, to + 2 * stride, c)
+                store(scores, to + 3 * stride, d)
+    half = (last + 2) // 2
+    for step in range(half if pair < rows else 0):
+        more = min(step + half, last)
+        for local in range(together):
+            row, head = local * rows + pair, first_head + local
+            at = _key_at(blocks, step, head, kv_heads, head_dim, block_tokens)
+            at_more = _key_at(blocks, more, head, kv_heads, head_dim, block_tokens)
+            ahead, ahead_more = at, at_more
+            if asks:
+                next_step, next_head = _next(step, local, together, last)
+                ahead = _key_at(blocks, next_step, first_head + next_head, kv_heads, head_dim, block_tokens)
+                next_step, next_head = _next(more, local, together, last)
+                ahead_more = _key_at(blocks, next_step, first_head + next_head, kv_heads, head_dim, block_tokens)
             a = b = c = d = splat(np.float32(0))
-            from_0, to = row * head_dim, row * stride + step * WIDTH
-            from_1, from_2, from_3 = from_0 + head_dim, from_0 + 2 * head_dim, from_0 + 3 * head_dim
-            for index in range(head_dim):
-                prefetch(keys, ahead + index * block_tokens)
-                key = load(keys, at + index * block_tokens)
-                a, b = fma(spread(query, from_0 + index), key, a), fma(spread(query, from_1 + index), key, b)
-                c, d = fma(spread(query, from_2 + index), key, c), fma(spread(query, from_3 + index), key, d)
-            store(scores, to, a)
-            store(scores, to + stride, b)
-            store(scores, to + 2 * stride, c)
-            store(scores, to + 3 * stride, d)
-    for step in range(0, last + 1 if pair < rows else 0, 2):
-        more = min(step + 1, last)
-        at = _key_at(blocks, step, head, kv_heads, head_dim, block_tokens)
-        at_more = _key_at(blocks, more, head, kv_heads, head_dim, block_tokens)
-        ahead = _key_at(blocks, min(step + _AHEAD, last), head, kv_heads, head_dim, block_tokens)
-        ahead_more = _key_at(blocks, min(more + _AHEAD, last), head, kv_heads, head_dim, block_tokens)
-        a = b = c = d = splat(np.float32(0))
-        for index in range(head_dim):
-            prefetch(keys, ahead + index * block_tokens)
-            prefetch(keys, ahead_more + index * block_tokens)
-            key, key_more = load(keys, at + index * block_tokens), load(keys, at_more + index * block_tokens)
-            one, two = spread(query, pair * head_dim + index), spread(query, (pair + 1) * head_dim + index)
-            a, b, c, d = fma(one, key, a), fma(two, key, b), fma(one, key_more, c), fma(two, key_more, d)
-        store(scores, pair * stride + step * WIDTH, a)
-        store(scores, (pair + 1) * stride + step * WIDTH, b)
-        store(scores, pair * stride + more * WIDTH, c)
-        store(scores, (pair + 1) * stride + more * WIDTH, d)
+            here = 0
+            for index in range(row * head_dim, (row + 1) * head_dim):
+                prefetch(keys, ahead + here)
+                prefetch(keys, ahead_more + here)
+                key, key_more = load(keys, at + here), load(keys, at_more + here)
+                one, two = spread(query, index), spread(query, index + head_dim)
+                a, b, c, d = fma(one, key, a), fma(two, key, b), fma(one, key_more, c), fma(two, key_more, d)
+                here += block_tokens
+            store(scores, row * stride + step * WIDTH, a)
+            store(scores, (row + 1) * stride + step * WIDTH, b)
+            store(scores, row * stride + more * WIDTH, c)
+            store(scores, (row + 1) * stride + more * WIDTH, d)
+
+
+@compiled
+def _next(step: int, local: int, together: int, last: int) -> tuple[int, int]:
+    """Step and head that are read next."""
+    return (step, local + 1) if local + 1 < together else (min(step + 1, last), 0)
 
 
 @compiled
@@ -214,48 +242,58 @@ def _weigh(scores: Any, at: int, seen: int, end: int) -> Any:
 @compiled
 def _sum(
     weights: Any, blocks: Any, values: Any, sums: Any,
-    rows: int, end: int, head: int, kv_heads: int, padded: int, block_tokens: int,
+    rows: int, end: int, first_head: int, together: int, kv_heads: int, padded: int, block_tokens: int,
 ) -> None:  # fmt: skip
-    """sums[rows, head dim padded to 16] += weights[rows, keys padded to 16] times values."""
+    """sums[heads, rows, head dim padded to 16] += weights[heads, rows, keys padded to 16] times values."""
     last = -(-end // WIDTH) - 1
     stride = (last + 1) * WIDTH
     pair = rows - rows % 4
+    asks = together * padded * block_tokens * values.itemsize < _LONG
     for step in range(last + 1):
-        at = _value_at(blocks, step, head, kv_heads, padded, block_tokens)
-        ahead = _value_at(blocks, min(step + _AHEAD, last), head, kv_heads, padded, block_tokens) - at
         keys = min(WIDTH, end - step * WIDTH)
-        for row in range(0, pair, 4):
-            from_0 = row * stride + step * WIDTH
-            from_1, from_2, from_3 = from_0 + stride, from_0 + 2 * stride, from_0 + 3 * stride
-            for lane in range(0, padded, WIDTH):
-                here, to = at + lane, row * padded + lane
+        for local in range(together):
+            at = _value_at(blocks, step, first_head + local, kv_heads, padded, block_tokens)
+            ahead = 0
+            if asks:
+                next_step, next_head = _next(step, local, together, last)
+                ahead = _value_at(blocks, next_step, first_head + next_head, kv_heads, padded, block_tokens) - at
+            for row in range(local * rows, local * rows + pair, 4):
+                from_0 = row * stride + step * WIDTH
+                from_1, from_2, from_3 = from_0 + stride, from_0 + 2 * stride, from_0 + 3 * stride
+                for lane in range(0, padded, WIDTH):
+                    here, to = at + lane, row * padded + lane
+                    a, b = load(sums, to), load(sums, to + padded)
+                    c, d = load(sums, to + 2 * padded), load(sums, to + 3 * padded)
+                    for key in range(keys):
+                        prefetch(values, here + ahead)
+                        value = load(values, here)
+                        one, two = spread(weights, from_0 + key), spread(weights, from_1 + key)
+                        a, b = fma(one, value, a), fma(two, value, b)
+                        one, two = spread(weights, from_2 + key), spread(weights, from_3 + key)
+                        c, d = fma(one, value, c), fma(two, value, d)
+                        here += padded
+                    store(sums, to, a)
+                    store(sums, to + padded, b)
+                    store(sums, to + 2 * padded, c)
+                    store(sums, to + 3 * padded, d)
+            row = local * rows + pair
+            for lane in range(0, padded if pair < rows else 0, 2 * WIDTH):
+                from_0, here, to = row * stride + step * WIDTH, at + lane, row * padded + lane
+                more = min(WIDTH, padded - lane - WIDTH)
                 a, b = load(sums, to), load(sums, to + padded)
-                c, d = load(sums, to + 2 * padded), load(sums, to + 3 * padded)
+                c, d = load(sums, to + more), load(sums, to + more + padded)
                 for key in range(keys):
                     prefetch(values, here + ahead)
-                    value = load(values, here)
-                    a, b = fma(spread(weights, from_0 + key), value, a), fma(spread(weights, from_1 + key), value, b)
-                    c, d = fma(spread(weights, from_2 + key), value, c), fma(spread(weights, from_3 + key), value, d)
+                    prefetch(values, here + ahead + more)
+                    value, value_more = load(values, here), load(values, here + more)
+                    one, two = spread(weights, from_0 + key), spread(weights, from_0 + stride + key)
+                    a, b = fma(one, value, a), fma(two, value, b)
+                    c, d = fma(one, value_more, c), fma(two, value_more, d)
                     here += padded
                 store(sums, to, a)
                 store(sums, to + padded, b)
-                store(sums, to + 2 * padded, c)
-                store(sums, to + 3 * padded, d)
-        for lane in range(0, padded if pair < rows else 0, 2 * WIDTH):
-            from_0, here, to = pair * stride + step * WIDTH, at + lane, pair * padded + lane
-            more = min(WIDTH, padded - lane - WIDTH)
-            a, b, c, d = load(sums, to), load(sums, to + padded), load(sums, to + more), load(sums, to + more + padded)
-            for key in range(keys):
-                prefetch(values, here + ahead)
-                prefetch(values, here + ahead + more)
-                value, value_more = load(values, here), load(values, here + more)
-                one, two = spread(weights, from_0 + key), spread(weights, from_0 + stride + key)
-                a, b, c, d = fma(one, value, a), fma(two, value, b), fma(one, value_more, c), fma(two, value_more, d)
-                here += padded
-            store(sums, to, a)
-            store(sums, to + padded, b)
-            store(sums, to + more, c)
-            store(sums, to + more + padded, d)
+                store(sums, to + more, c)
+                store(sums, to + more + padded, d)
 
 
 @compiled
