@@ -18,7 +18,7 @@ from .attention import Ints, Span
 from .crew import run
 from .lanes import WIDTH
 from .packed import Floats, PackedLinear
-from .paged_kernel import TILE, attend, place
+from .paged_kernel import TILE, attend, lay_out, place
 from .product_kernel import add_norm, gate
 
 _FEW: Final = 4  # rows of a tile whose scores of all heads stay in the cache
@@ -77,25 +77,16 @@ class CpuBatch:
 def pack(spans: Sequence[Span], cache: CpuCache, heads_per_kv: int) -> CpuBatch:
     """The batch of `spans`, without padding."""
     size = cache.block_tokens
-    lengths = np.array([len(span.tokens) for span in spans])
-    starts = np.array([span.start for span in spans])
-    firsts = np.cumsum(lengths) - lengths
-    ends = starts + lengths
-    used = -(-ends // size)
+    lengths = np.array([len(span.tokens) for span in spans], np.int64)
+    starts = np.array([span.start for span in spans], np.int64)
+    used = -(-(starts + lengths) // size)
     blocks = chain.from_iterable(span.blocks[:count] for span, count in zip(spans, used.tolist(), strict=True))
     table = np.zeros((len(spans), int(used.max())), np.int64)
     table[np.arange(table.shape[1]) < used[:, None]] = np.fromiter(blocks, np.int64, int(used.sum()))
-    owner = np.repeat(np.arange(len(spans)), lengths)
-    positions = np.arange(len(owner)) - (firsts - starts)[owner]
-    slots = table[owner, positions // size] * size + positions % size
-    height = max(1, TILE // heads_per_kv)
-    counts = -(-lengths // height)
-    of = np.repeat(np.arange(len(spans)), counts)
-    skipped = (np.arange(len(of)) - (np.cumsum(counts) - counts)[of]) * height
-    rows = np.minimum(height, lengths[of] - skipped)
-    tiles = np.stack((firsts[of] + skipped, of, starts[of] + skipped, rows), axis=1)
+    positions, slots, tiles = lay_out(lengths, starts, table, size, max(1, TILE // heads_per_kv))
     ids = np.concatenate([span.tokens for span in spans])
-    return CpuBatch(cache, ids, positions, slots, tiles, table, int((rows * (tiles[:, 2] + rows)).sum()))
+    pairs = int((tiles[:, 3] * (tiles[:, 2] + tiles[:, 3])).sum())
+    return CpuBatch(cache, ids, positions, slots, tiles, table, pairs)
 
 
 def attend_tensors(

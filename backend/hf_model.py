@@ -120,10 +120,9 @@ class PagedModel:
 
         batch = pack(spans, cache, self.loaded.num_heads // self.loaded.kv_heads)
         if decoder is not None:
-            hidden = torch.from_numpy(decoder(batch)).view(len(batch.input_ids), -1)
-        else:
-            ids, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions)
-            hidden = self._hidden(ids, positions, partial(attend_tensors, batch))
+            return self.loaded.model.lm_head.rows(decoder(batch), rows)  # type: ignore[no-any-return]
+        ids, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions)
+        hidden = self._hidden(ids, positions, partial(attend_tensors, batch))
         if not rows:
             return hidden.new_empty(0, self.loaded.vocab_size)
         logits: torch.Tensor = self.loaded.model.lm_head(hidden[torch.tensor(rows)])

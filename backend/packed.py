@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,13 @@ class PackedLinear(torch.nn.Module):
         run(multiply, strips, work, x, self._strips, out, rows, self.inputs, self.columns)
         if self._bias is not None:
             out[: rows * self.columns].reshape(rows, -1)[:] += self._bias
+
+    def rows(self, x: Floats, rows: Sequence[int]) -> torch.Tensor:
+        """[len(rows), outputs] of these rows of `x` [..., inputs], which is flat."""
+        picked = x.reshape(-1, self.inputs)[np.asarray(rows, np.int64)]
+        out = np.empty(len(rows) * self.columns, np.float32)
+        self.multiply(picked.reshape(-1), len(rows), out)
+        return torch.from_numpy(out.reshape(-1, self.columns)[:, : self.outputs])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] to [..., outputs], of the type of `x`."""

@@ -37,6 +37,30 @@ _LONG: Final = 1 << 15  # bytes of a block that memory delivers on its own, fast
 
 
 @compiled
+def lay_out(lengths: Any, starts: Any, table: Any, block_tokens: int, height: int) -> Any:
+    """Positions and slots [tokens] of requests' tokens, and their tiles [tiles, 4] of at most `height` rows.
+
+    `lengths` and `starts` [requests], `table` [requests, blocks].
+    """
+    tokens, count = 0, 0
+    for length in lengths:
+        tokens, count = tokens + length, count + -(-length // height)
+    positions, slots, tiles = np.empty(tokens, np.int64), np.empty(tokens, np.int64), np.empty((count, 4), np.int64)
+    token, tile = 0, 0
+    for request in range(len(lengths)):
+        start, end = starts[request], starts[request] + lengths[request]
+        for position in range(start, end):
+            if (position - start) % height == 0:
+                tiles[tile, 0], tiles[tile, 1], tiles[tile, 2] = token, request, position
+                tiles[tile, 3] = min(height, end - position)
+                tile += 1
+            positions[token] = position
+            slots[token] = table[request, position // block_tokens] * block_tokens + position % block_tokens
+            token += 1
+    return positions, slots, tiles
+
+
+@compiled
 def place(
     qkv: Any, row_size: int, positions: Any, slots: Any, turns: Any, q_norm: Any, k_norm: Any, eps: float,
     scaling: float, keys: Any, values: Any, heads: int, kv_heads: int, head_dim: int, block_tokens: int,
