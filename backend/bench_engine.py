@@ -94,7 +94,9 @@ def _vllm_steps(folder: Path, args: argparse.Namespace) -> Mapping[str, Mapping[
     command += ["--dtype", args.vllm_dtype or args.dtype, "--threads", str(torch.get_num_threads())]
     command += ["--context", str(args.context), "--repeats", str(args.repeats)]
     command += ["--decodes", *map(str, args.decodes), "--prompts", *map(str, args.prompts)]
-    environment = os.environ | ({"LD_PRELOAD": str(openmp)} if openmp.exists() else {})
+    # without the number vLLM takes all cores where its engine runs in one process, whatever it is bound to
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment |= {"LD_PRELOAD": str(openmp)} if openmp.exists() else {}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
