@@ -51,7 +51,7 @@ class CpuBatch:
     input_ids: Ints  # [tokens]
     positions: Ints  # [tokens]
     slots: Ints  # [tokens]
-    tiles: Ints  # [tiles, 4]
+    tiles: tuple[Ints, Ints]  # [tiles, 4] each: those of a few rows, which take all heads together, and the others
     table: Ints  # [requests, blocks]
     pairs: int  # of queries and keys, about
 
@@ -68,10 +68,12 @@ class CpuBatch:
             eps, scaling, *kv, *shape,
         )  # fmt: skip
         work = 2 * self.pairs * heads * cache.head_dim
-        few = int(self.tiles[:, 3].max()) <= _FEW and len(self.tiles) >= torch.get_num_threads()
-        together = cache.kv_heads if few else 1
-        units = len(self.tiles) * cache.kv_heads // together
-        run(attend, units, work, qkv, row_size, self.tiles, self.table, *kv, out, *shape, together)
+        few, others = self.tiles
+        most = cache.kv_heads if len(few) >= torch.get_num_threads() else 1
+        for tiles, together in ((few, most), (others, 1)):
+            units = len(tiles) * cache.kv_heads // together
+            if units:
+                run(attend, units, work, qkv, row_size, tiles, self.table, *kv, out, *shape, together)
 
 
 def pack(spans: Sequence[Span], cache: CpuCache, heads_per_kv: int) -> CpuBatch:
@@ -86,7 +88,8 @@ def pack(spans: Sequence[Span], cache: CpuCache, heads_per_kv: int) -> CpuBatch:
     positions, slots, tiles = lay_out(lengths, starts, table, size, max(1, TILE // heads_per_kv))
     ids = np.concatenate([span.tokens for span in spans])
     pairs = int((tiles[:, 3] * (tiles[:, 2] + tiles[:, 3])).sum())
-    return CpuBatch(cache, ids, positions, slots, tiles, table, pairs)
+    is_few = tiles[:, 3] <= _FEW
+    return CpuBatch(cache, ids, positions, slots, (tiles[is_few], tiles[~is_few]), table, pairs)
 
 
 def attend_tensors(
