@@ -214,6 +214,7 @@ class Dispatcher:
         is_first = True
         async for response in exchange:
             if "control_output" in response.raw:
+                exchange.finish()
                 self._placed(call, member, ask, json.loads(response.text("control_output")))
                 return
             ids, at = response.ids(), time.monotonic()
@@ -226,6 +227,7 @@ class Dispatcher:
             if not reason:
                 call.push(ids, response.text("text_output"), at)
                 continue
+            exchange.finish()
             receipt = json.loads(response.text("receipt"))
             if reason == "declined":
                 raise _Declined

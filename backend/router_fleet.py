@@ -122,7 +122,9 @@ class Instances:
                 member.silence += passed
                 if member.is_usable and member.silence > self._config.silent_s:
                     self._blame(member, f"silent for {self._config.silent_s:g} s")
-                if not member.is_usable and member.exchanges:
+                if member.is_usable:
+                    member.link.prepare()
+                elif member.exchanges:
                     self._move(member)
 
     def best(self, ask: Ask, without: Collection[str]) -> Member | None:
@@ -232,6 +234,7 @@ class Instances:
             log.warning("instance %s: %s", member.address, trouble)
         member.trouble = trouble
         if was_usable:
+            member.link.release()
             self._update()
 
     def _move(self, member: Member) -> None:
@@ -254,6 +257,7 @@ class Instances:
 
 async def _retire(member: Member) -> None:
     """Hang up after its last request."""
+    member.link.release()
     while member.exchanges:
         await asyncio.sleep(RETRY_SECONDS)
     await member.link.close()

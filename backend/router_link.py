@@ -1,13 +1,16 @@
 """A gRPC connection to one instance: send one request, read its responses. The one module that speaks gRPC.
 
-A request has a stream of its own, so that cancelling it cancels that request alone. Errors come as `Broken`
-(the instance, or the way to it, failed) or as `Answered` (the instance refused, in its own words).
+A request has a stream of its own, so that cancelling it cancels that request alone. Opening one takes as long as
+sending a request does, so a few are opened ahead. Errors come as `Broken` (the instance, or the way to it, failed)
+or as `Answered` (the instance refused, in its own words).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
@@ -26,6 +29,8 @@ _OPTIONS: Final = (
     ("grpc.max_send_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
 )
+SPARE: Final = 4  # streams opened ahead: as many requests as may well come before there are new ones
+END_SECONDS: Final = 2.0
 
 
 class Broken(Exception):
@@ -76,12 +81,29 @@ class Link:
     def __init__(self, address: str) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._spare: deque[Any] = deque()
 
     def send(self, message: service_pb2.ModelInferRequest) -> Exchange:
         """Start a request; nothing is known of it before its first response."""
+        while self._spare:
+            call = self._spare.popleft()
+            if not call.done():
+                return Exchange(call, message)
         return Exchange(self._stub.ModelStreamInfer(), message)
 
+    def prepare(self) -> None:
+        """Open streams for the next requests."""
+        self._spare = deque(call for call in self._spare if not call.done())
+        while len(self._spare) < SPARE:
+            self._spare.append(self._stub.ModelStreamInfer())
+
+    def release(self) -> None:
+        """Close the streams that no request has used: a server with an open one does not end."""
+        while self._spare:
+            self._spare.popleft().cancel()
+
     async def close(self) -> None:
+        self.release()
         await self._channel.close()
 
 
@@ -92,6 +114,7 @@ class Exchange:
         self._call = call
         self._message = message
         self._interrupted: str | None = None
+        self._ending: asyncio.Task[None] | None = None
         self.heard_at = time.monotonic()
 
     def interrupt(self, reason: str) -> None:
@@ -101,21 +124,39 @@ class Exchange:
             self._call.cancel()
 
     def close(self) -> None:
-        """Cancel it, unless it has ended."""
+        """Cancel it, unless it has ended or is about to."""
+        if self._ending is None:
+            self._call.cancel()
+
+    def finish(self) -> None:
+        """Its last response was read: let it end by itself. Where a cancellation overtakes that end, Triton keeps the
+        request, and a model with a request is never unloaded."""
+        if self._ending is None:
+            self._ending = asyncio.get_running_loop().create_task(self._end())
+
+    async def _end(self) -> None:
+        with contextlib.suppress(grpc.RpcError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._read_out(), END_SECONDS)
         self._call.cancel()
+
+    async def _read_out(self) -> None:
+        await self._call.done_writing()
+        while await self._call.read() is not grpc.aio.EOF:
+            pass
 
     async def __aiter__(self) -> AsyncIterator[Response]:
         """Ends after the instance closed the stream. Raises Broken or Answered."""
         try:
             await self._call.write(self._message)
-            await self._call.done_writing()
             while (answer := await self._call.read()) is not grpc.aio.EOF:
                 if self._interrupted is not None:
                     break  # a late word of an instance that was given up
                 self.heard_at = time.monotonic()
                 if answer.error_message:
+                    self.finish()
                     raise Answered(answer.error_message)
                 yield Response(answer.infer_response)
+                await self._call.done_writing()  # not before the first response: nothing should be in its way
             if self._interrupted is not None:
                 raise Broken(self._interrupted)
             if (code := await self._call.code()) is not grpc.StatusCode.OK:
@@ -129,4 +170,4 @@ class Exchange:
         except asyncio.InvalidStateError as error:  # written to after it broke
             raise Broken(self._interrupted or str(error)) from error
         finally:
-            self._call.cancel()
+            self.close()

@@ -263,11 +263,9 @@ class RoutedClient:
         try:
             async for message, at in instance.responses(inputs, request.attempt_id, request.left, request.running):
                 delta = read_delta(request.assembly, message, at)
-                if request.assembly.finish_reason == "declined":
-                    break
-                yield delta
-            else:
-                request.assembly.result()
+                if request.assembly.finish_reason != "declined":
+                    yield delta
+            if request.assembly.result().finish_reason != "declined":
                 return
         except Refused as refusal:
             if refusal.code != "OVERLOADED":
@@ -319,8 +317,10 @@ class RoutedClient:
         router = self._routers[self._router]
         inputs = input_tensors({"control": "watch"})
         try:
+            found: set[str] = set()
             async for message, _ in router.responses(inputs, "", PAUSE_SECONDS * 5, Running()):
-                return set(control_output(message).get("usable", ())) or None
+                found.update(control_output(message).get("usable", ()))
+            return found or None
         except StreamError:
             self._router = next(self._turn)
         return None
