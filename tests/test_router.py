@@ -140,6 +140,25 @@ async def clients(service: Service) -> AsyncIterator[dict[str, SlosClient | Rout
         yield {"direct": direct, "router": router, "ensemble": ensemble, "placed": placed, "forwarded": forwarded}
 
 
+def test_servers_end_as_soon_as_they_are_told_to(tiny_repository: Path, tmp_path: Path) -> None:
+    """Nothing is left of requests that were answered, nor of streams that wait for some: nothing must be killed."""
+    with Server(tiny_repository, models=["slos_llm"]) as instance:
+        repository = write_router_repository(tmp_path / "repository", {"instances": [instance.grpc]})
+        with Server(repository, models=MODELS) as router:
+            asyncio.run(until_usable([router.grpc], {instance.grpc}))
+
+            async def ask() -> None:
+                async with clients(Service([instance], [router])) as ways:
+                    for _ in range(8):
+                        for way in ways.values():
+                            await way.generate("def f(", max_tokens=4, **EASY).drain()
+
+            serial(ask())
+            instance.stop()
+            router.stop()
+    assert (instance.exit_code, router.exit_code) == (0, 0)
+
+
 def test_every_way_brings_the_same(whole: Service) -> None:
     """The same tokens, text and receipt through the router, the ensemble and placement as from an instance."""
 

@@ -255,6 +255,21 @@ def test_an_answer_with_a_fault_goes_on_elsewhere_after_its_last_good_token(faul
     assert [loss.partition(": ")[0] for loss in caller.receipt["losses"]] == [bad.address]
 
 
+def test_streams_wait_for_requests_only_where_those_may_go() -> None:
+    """They are opened ahead and used; an instance that gets no more requests could not end while they are open."""
+
+    async def run() -> Caller:
+        instance = Instance(three_tokens)
+        async with routed(instance) as router:
+            await until(lambda: instance.open > 2)
+            caller = await router.answer(**PROMISE)
+            instance.draining = True
+            await until(lambda: instance.open <= 1)  # but for the watch
+            return caller
+
+    assert asyncio.run(run()).text == "012"
+
+
 def test_many_streams_are_held_longer_together() -> None:
     """What a response costs is shared: three streams at ten responses a second are held 0.3 s each."""
 

@@ -35,8 +35,17 @@ class Instance(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         self.asked: list[Mapping[str, Any]] = []
         self.hung_up = asyncio.Event()
         self.address = ""
+        self.open = 0  # streams, whether or not a request has come
 
     async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        self.open += 1
+        try:
+            async for response in self._responses(requests):
+                yield response
+        finally:
+            self.open -= 1
+
+    async def _responses(self, requests: Any) -> AsyncIterator[Any]:
         async for request in requests:
             values = fields_of(request)
             if values.get("control") == "watch":
