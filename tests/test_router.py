@@ -149,9 +149,10 @@ def test_servers_end_as_soon_as_they_are_told_to(tiny_repository: Path, tmp_path
 
             async def ask() -> None:
                 async with clients(Service([instance], [router])) as ways:
-                    for _ in range(8):
+                    for _ in range(30):
                         for way in ways.values():
                             await way.generate("def f(", max_tokens=4, **EASY).drain()
+                        await usable(router.grpc)
 
             serial(ask())
             instance.stop()
