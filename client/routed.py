@@ -45,6 +45,7 @@ class _Request:
 
     id: str
     fields: Mapping[str, Any]
+    tensors: list[Any]  # the fields as they are sent, encoded once
     started_at: float
     deadline: float | None
     assembly: Assembly
@@ -77,11 +78,13 @@ class _Request:
     def inputs(self, **control: Any) -> list[Any]:
         """What was asked, and what came of it so far."""
         age = (time.monotonic() - self.started_at) * 1000
-        values = {**self.fields, **control, "elapsed_ms": age}
+        values = {**control, "elapsed_ms": age}
         if self.assembly.token_ids:
             values["resume_ids"] = list(self.assembly.token_ids)
             values["resume_times_ms"] = [(at - self.started_at) * 1000 for at in self.assembly.token_times]
-        return input_tensors(values)
+        own = input_tensors(values)
+        replaced = {tensor.name() for tensor in own}
+        return [*(tensor for tensor in self.tensors if tensor.name() not in replaced), *own]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +150,15 @@ class RoutedClient:
         """As `SlosClient.generate`."""
         now = time.monotonic()
         assembly = Assembly()
+        values = request_fields(prompt, fields)
         request = _Request(
             request_id or f"slos-{secrets.token_hex(8)}",
-            request_fields(prompt, fields),
+            values,
+            input_tensors(values),
             now,
             None if timeout is None else now + timeout,
             assembly,
         )
-        request.inputs()  # refuses what cannot be sent
         return Stream(self._run(request), assembly)
 
     async def _run(self, request: _Request) -> AsyncGenerator[Delta, None]:

@@ -32,7 +32,6 @@ from .play import Caller
 
 WARM_SECONDS: Final = 3.0
 PROMPT_TOKENS: Final = 60
-FEW_TOKENS: Final = 24  # of a stream while the first token is measured
 PAUSE_SECONDS: Final = 0.3
 # Promises that nobody breaks: what is measured is the way of the tokens, not the planner.
 EASY: Final[Mapping[str, Any]] = {"ignore_eos": True, "slo_ttft_ms": 60e3, "slo_tpot_ms": 2e3}
@@ -76,7 +75,7 @@ async def window(callers: Sequence[Caller], streams: int, seconds: float, length
     return Rate(tokens / seconds, responses / seconds)
 
 
-async def first_tokens(ways: Ways, streams: int, seconds: float) -> dict[str, list[float]]:
+async def first_tokens(ways: Ways, streams: int, seconds: float, length: int) -> dict[str, list[float]]:
     """Seconds to the first token by way. Each stream takes the ways in turn, so that all meet the same machine."""
     end = time.monotonic() + seconds
     asked = itertools.cycle(prompts())
@@ -88,7 +87,7 @@ async def first_tokens(ways: Ways, streams: int, seconds: float) -> dict[str, li
         order = itertools.islice(itertools.cycle(ways), number % len(ways), None)
         while time.monotonic() < end:
             way = next(order)
-            stream = next(turns[way]).generate(next(asked), max_tokens=FEW_TOKENS, **EASY)
+            stream = next(turns[way]).generate(next(asked), max_tokens=length, **EASY)
             sent, first = time.monotonic(), math.nan
             async for delta in stream:
                 first = first if first <= delta.at else delta.at
@@ -109,8 +108,8 @@ async def measure(addresses: Addresses, args: argparse.Namespace) -> dict[str, A
             "forward": [await stack.enter_async_context(SlosClient(addresses.router, "slos_router"))],
             "ensemble": [await stack.enter_async_context(SlosClient(addresses.router, "slos_ensemble"))],
         }
-        await first_tokens(ways, args.few, WARM_SECONDS)
-        firsts = await first_tokens(ways, args.few, args.first_seconds)
+        await first_tokens(ways, args.few, WARM_SECONDS, args.few_length)
+        firsts = await first_tokens(ways, args.few, args.first_seconds, args.few_length)
         for way, seconds in firsts.items():
             print(f"first token {way}: {1000 * statistics.median(seconds):.1f} ms of {len(seconds)}", flush=True)
         rates: dict[str, list[Rate]] = {way: [] for way in ways}
@@ -129,7 +128,8 @@ def summary(
     """Rates: medians over the rounds, each round compared with its own direct window. First tokens: medians."""
 
     def middle(value: Callable[[Rate, Rate], float]) -> float:
-        return statistics.median(value(rate, base) for rate, base in zip(rates, direct, strict=True))
+        found = [value(rate, base) for rate, base in zip(rates, direct, strict=True)]
+        return statistics.median(found) if found else math.nan
 
     return {
         "token_ratio": middle(lambda rate, base: rate.tokens_per_second / base.tokens_per_second),
@@ -158,8 +158,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", type=int, default=128)
     parser.add_argument("--length", type=int, default=400, help="tokens of each stream (default: %(default)s)")
     parser.add_argument("--few", type=int, default=4, help="streams while the first token is measured")
+    parser.add_argument(
+        "--few-length",
+        type=int,
+        default=24,
+        help="tokens of each of those; with 1, and --few 1, nothing else runs meanwhile (default: %(default)s)",
+    )
     parser.add_argument("--seconds", type=float, default=8.0, help="of each window (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of windows; 0: first tokens only (default: %(default)s)")
     parser.add_argument("--first-seconds", type=float, default=60.0, help="first tokens are measured so long")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--model-repository", type=Path, default=Path("model_repository"), metavar="DIR")
