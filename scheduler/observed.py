@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .core import Chunk, StepReport
-from .perf import BatchShape, PerfModel, fit
+from .perf import BatchShape, PerfModel, fit, nonnegative_least_squares
 from .recording import Added, Call, Cancelled, Planned
 from .simulator import Turnaround
 
@@ -100,14 +100,9 @@ def observe(parts: Iterable[Iterable[Call]]) -> Observed:
 
 
 def _turnaround(found: Iterable[Step]) -> Turnaround:
-    """The line through the pauses over the chunks of the step before; its mean where that would fall."""
-    pauses = np.array([(step.chunks, step.pause) for step in found if step.pause is not None]).reshape(-1, 2)
-    if len(pauses) == 0:
+    """The line through the pauses over the chunks of the step before; their mean where it would fall."""
+    rows = [(1.0, step.chunks, step.pause) for step in found if step.pause is not None]
+    if not rows:
         return Turnaround()
-    chunks, seconds = pauses.T
-    spread = float(np.var(chunks))
-    slope = float(np.mean((chunks - chunks.mean()) * (seconds - seconds.mean()))) / spread if spread > 0.0 else 0.0
-    base = float(seconds.mean()) - slope * float(chunks.mean())
-    if slope < 0.0 or base < 0.0:
-        return Turnaround(float(seconds.mean()))
-    return Turnaround(base, slope)
+    table = np.array(rows, dtype=np.float64)
+    return Turnaround(*nonnegative_least_squares(table[:, :2], table[:, 2]).tolist())

@@ -112,8 +112,8 @@ def _features(shapes: Sequence[BatchShape], knee: float) -> Floats:
     return np.array(rows, dtype=np.float64)
 
 
-def _nonnegative_least_squares(matrix: Floats, target: Floats) -> Floats:
-    """Least squares with coefficients >= 0, by trying every set of free columns (six here: 63 sets)."""
+def nonnegative_least_squares(matrix: Floats, target: Floats) -> Floats:
+    """Least squares with coefficients >= 0, by trying every set of free columns; the first is always free."""
     best, best_error = np.zeros(matrix.shape[1]), math.inf
     columns = range(1, matrix.shape[1])
     for size in range(len(columns) + 1):
@@ -151,7 +151,7 @@ def fit(shapes: Sequence[BatchShape], seconds: Sequence[float]) -> PerfModel:
         expected = target
         for _ in range(ROUNDS):
             weighted = matrix / scale / expected[:, None]
-            solution = _nonnegative_least_squares(weighted, target / expected) / scale
+            solution = nonnegative_least_squares(weighted, target / expected) / scale
             expected = np.maximum(matrix @ solution, 1e-3 * target)
         error = float(np.square(target / expected - 1.0).mean())
         if error < best[0]:

@@ -62,7 +62,7 @@ class PlannerConfig:
     lengths are predicted, a name of `lengths.MODES`. `drafts`: the rule for guesses, a name of `drafting.RULES`.
     `pace`: longest iteration beside promised decodes, in their tightest TPOT (longer ones spend the slack of
     early tokens). `commit_late` off promises or declines at once and for good; `prefill_only` off never lets
-    decodes wait for an urgent prompt, `spend_lead` off has every decode in every other iteration, `whole_sessions` off
+    decodes wait for an urgent prompt, `spend_lead` off never lets those wait that are ahead, `whole_sessions` off
     takes each round of a session for itself: they are there to measure what the ideas are worth.
     """
 
