@@ -17,24 +17,34 @@ AHEAD: Final = 3.0  # paces that a decode keeps of its lead
 
 
 @compiled
-def dues(real: Any, whole: Any, decodes: Any, blocks: bool) -> Any:
-    """When the next token of each is due, absolute seconds; with `blocks` no later than its block's mean allows."""
-    due = real[DUE][decodes]
+def due_of(real: Any, whole: Any, slot: int, blocks: bool) -> float:
+    """When the next token of a decode is due, absolute seconds; with `blocks` no later than its block's mean allows."""
+    due = float(real[DUE, slot])
     if blocks:
-        due = np.minimum(due, real[BLOCK_AT][decodes] + (whole[BLOCK_GAPS][decodes] + 1.0) * real[TPOT][decodes])
+        due = min(due, real[BLOCK_AT, slot] + (whole[BLOCK_GAPS, slot] + 1.0) * real[TPOT, slot])
     return due
 
 
 @compiled
 def in_need(real: Any, whole: Any, decodes: Any, now: float, pace: float) -> Any:
     """The decodes that may not wait for an iteration of at most `pace` times their TPOT."""
-    return decodes[dues(real, whole, decodes, True) < now + AHEAD * pace * real[TPOT][decodes]]
+    chosen = np.empty_like(decodes)
+    count = 0
+    for slot in decodes:
+        if due_of(real, whole, slot, True) < now + AHEAD * pace * real[TPOT, slot]:
+            chosen[count] = slot
+            count += 1
+    return chosen[:count]
 
 
 @compiled
 def load_until(real: Any, whole: Any, decodes: Any, now: float, seconds: float, pace: float) -> tuple[float, float]:
     """How many of the decodes run in the mean iteration of the next `seconds`, when all leads are spent first, and
     the sum of their contexts."""
-    lead = dues(real, whole, decodes, True) - now - AHEAD * pace * real[TPOT][decodes]
-    share = 1.0 - np.minimum(np.maximum(lead, 0.0) / max(seconds, 1e-3), 1.0)
-    return float(share.sum()), float((share * whole[COMPUTED][decodes]).sum())
+    rows = context = 0.0
+    for slot in decodes:
+        lead = due_of(real, whole, slot, True) - now - AHEAD * pace * real[TPOT, slot]
+        share = 1.0 - min(max(lead, 0.0) / max(seconds, 1e-3), 1.0)
+        rows += share
+        context += share * whole[COMPUTED, slot]
+    return rows, context

@@ -43,7 +43,7 @@ from .batching import (
 )
 from .drafting import TIERS, tier_drafts, tier_of, tiers_of
 from .jit import compiled
-from .lead import dues
+from .lead import due_of
 from .selection import FREE, choose
 from .table import ACCEPT, BEST_EFFORT, DUE, KIND, TPOT, VERDICT
 from .timemodel import MARGIN, batch_seconds
@@ -121,7 +121,9 @@ def published(
     promised, waiting = np.empty(n, np.int64), np.empty(n, np.int64)
     num_promised, num_waiting, _, _, room = classify(real, whole, active, now, perf, limits, promised, waiting, load)
     decodes = promised[:num_promised]
-    due = dues(real, whole, decodes, blocks > 0.5)
+    due = np.empty(num_promised)
+    for i in range(num_promised):
+        due[i] = due_of(real, whole, decodes[i], blocks > 0.5)
     accept = 0.0
     for slot in active:
         accept += min(real[ACCEPT, slot], 0.999) / n

@@ -309,6 +309,15 @@ def move_to_end(active: Any, ended: Any) -> int:
     return kept
 
 
+@compiled
+def spread(serials: Any, news: Any, times: Any, reached: Any, by_request: Any) -> None:
+    """Copy each row's time once for each of its tokens to where its request's tokens have reached."""
+    for i in range(serials.size):
+        for _ in range(news[i]):
+            by_request[reached[serials[i]]] = times[i]
+            reached[serials[i]] += 1
+
+
 class _Log:
     """When each request got its tokens: rows of serial number, new tokens and time, in order of time."""
 
@@ -337,12 +346,13 @@ class _Log:
     def fill(self, outcomes: Sequence[Outcome]) -> None:
         """Give each outcome, in the order of serial numbers, its token times."""
         parts = [*self._full, (self.serials[: self.rows], self.news[: self.rows], self.times[: self.rows])]
-        serials, news, times = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        order = np.argsort(serials, kind="stable")
-        serials, times = np.repeat(serials[order], news[order]), np.repeat(times[order], news[order])
-        edges = np.searchsorted(serials, np.arange(len(outcomes) + 1))
+        tokens = sum(np.bincount(serials, news, len(outcomes)) for serials, news, _ in parts)
+        edges = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64)
+        by_request, reached = np.empty(edges[-1]), edges[:-1].copy()
+        for part in parts:
+            spread(*part, reached, by_request)
         for outcome, low, high in zip(outcomes, edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            outcome.token_times = times[low:high].tolist()
+            outcome.token_times = by_request[low:high].tolist()
 
 
 @dataclass(frozen=True, slots=True)
