@@ -41,7 +41,10 @@ MIN_BURSTS: Final = 5  # in every run
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One GPU with one model on it: seconds per iteration (the host's time included) and KV memory in tokens."""
+    """One GPU with one model on it: seconds per iteration (the host's time included) and KV memory in tokens.
+
+    `draft_seconds`: a step of the draft model that guesses, where one does.
+    """
 
     name: str
     perf: PerfModel
@@ -50,6 +53,7 @@ class Profile:
     capabilities: Capabilities
     source: str
     licence: str
+    draft_seconds: float = DRAFT_SECONDS
 
     def prefill_seconds(self, tokens: int) -> float:
         """Zero-load time of a prompt of `tokens`, in batches as large as the engine takes."""
@@ -61,8 +65,8 @@ class Profile:
         return total
 
     def drafting(self) -> Profile:
-        """The same with a small draft model: up to `MAX_DRAFT` guesses, `DRAFT_SECONDS` for each step of it."""
-        pieces = tuple(replace(piece, per_step=DRAFT_SECONDS) for piece in self.perf.pieces)
+        """The same with a small draft model: up to `MAX_DRAFT` guesses, `draft_seconds` for each step of it."""
+        pieces = tuple(replace(piece, per_step=self.draft_seconds) for piece in self.perf.pieces)
         capabilities = replace(self.capabilities, max_draft=MAX_DRAFT)
         return replace(self, perf=replace(self.perf, pieces=pieces), capabilities=capabilities)
 
@@ -78,18 +82,34 @@ def profiles() -> list[str]:
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
-LINEAR: Final = "-linear"
+def _without_attention(profile: Profile) -> Profile:
+    """Time as the paper models it."""
+    return replace(profile, perf=replace(profile.perf, per_context=0.0, per_area=0.0))
+
+
+def _twice_the_memory(profile: Profile) -> Profile:
+    capabilities = replace(profile.capabilities, num_blocks=2 * profile.capabilities.num_blocks)
+    return replace(profile, kv_capacity_tokens=2 * profile.kv_capacity_tokens, capabilities=capabilities)
+
+
+def _guesses_for_nothing(profile: Profile) -> Profile:
+    return replace(profile, draft_seconds=0.0)
+
+
+# What a profile's name may end in: a world that differs in one thing, to see what that is worth.
+WORLDS: Final[Mapping[str, Callable[[Profile], Profile]]] = {
+    "-linear": _without_attention,
+    "-double-kv": _twice_the_memory,
+    "-free-drafts": _guesses_for_nothing,
+}
 
 
 @cache
 def load_profile(name: str) -> Profile:
-    """A shipped profile; with the suffix `-linear` without its attention terms, as the paper models time.
-
-    Raises ValueError listing the known names.
-    """
-    if name.endswith(LINEAR):
-        whole = load_profile(name.removesuffix(LINEAR))
-        return replace(whole, name=name, perf=replace(whole.perf, per_context=0.0, per_area=0.0))
+    """A shipped profile, its name followed by one of `WORLDS` or not. Raises ValueError listing the known names."""
+    for suffix, changed in WORLDS.items():
+        if name.endswith(suffix):
+            return replace(changed(load_profile(name.removesuffix(suffix))), name=name)
     known("profile", name, profiles())
     data = json.loads(files("slos_serve.scheduler").joinpath("profiles", f"{name}.json").read_text())
     return _profile(data)

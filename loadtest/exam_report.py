@@ -12,13 +12,15 @@ import html
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from .exam import HEADLINE
+from .cells import WORLDS
+from .exam import HEADLINE, told
 
 Result = Mapping[str, Any]
 
@@ -89,7 +91,9 @@ def read(paths: Iterable[Path]) -> tuple[list[Result], list[Result]]:
 def pictures(cells: Sequence[Result], bursts: Sequence[Result]) -> list[Picture]:
     """All that the results allow."""
     special = ("untuned", "acceptance", "prefix_reuse")
-    usual = [cell for cell in cells if cell["capacity_per_gpu"] and not any(cell.get(name) for name in special)]
+    noise = Counter(cell["noise"] for cell in cells).most_common(1)[0][0] if cells else 0.0
+    found = [cell for cell in cells if cell["capacity_per_gpu"]]
+    usual = [cell for cell in found if cell["noise"] == noise and not any(cell.get(name) for name in special)]
     plain = [cell for cell in usual if not cell["setting"]]
     drawn: list[Picture] = []
     for family, group in grouped(plain, ("profile", "arrivals", "ttft_floor_ms", "replicas")):
@@ -101,6 +105,7 @@ def pictures(cells: Sequence[Result], bursts: Sequence[Result]) -> list[Picture]
     drawn += [_burst(each) for each in bursts]
     for name, title in (("lengths_", "What knowing output lengths is worth"), ("", "What each part is worth")):
         drawn += _settings(name, title, usual)
+    drawn += _limits(found, noise)
     drawn += _scaling(plain)
     drawn += _paper([cell for cell in cells if cell["untuned"]])
     return [picture for picture in drawn if picture.png]
@@ -356,28 +361,62 @@ def _settings(prefix: str, title: str, cells: Sequence[Result]) -> list[Picture]
     if not rates or not names:
         return []
     ratios = [[_ratio(found.get(name), found[reference]) for found in rates.values()] for name in names]
-    figure, subplots = _figure(max(1.15 * len(rates) + 3.2, 7.0), 0.42 * len(names) + 1.9)
+    base = "exact lengths" if lengths else "planner as shipped"
+    columns = [f"{workload.replace('_', ' ')}\n{profile.replace('-', ' ', 1)}" for workload, profile in rates]
+    rows = [(name or "as shipped").replace("_", " ") for name in names]
+    caption = f"Capacity at 90 % under bursts relative to the {base}; below 1 the change costs capacity."
+    png = _ratios(f"{title} ({base} = 1)", rows, columns, ratios)
+    return [Picture("lengths" if lengths else "ablation", title, caption, png)]
+
+
+def _limits(cells: Sequence[Result], noise: float) -> list[Picture]:
+    """Capacity in worlds that differ in one thing, relative to the world as it is."""
+
+    def world(cell: Result) -> tuple[tuple[str, str, str], str]:
+        """Which column it belongs to, and what is different."""
+        suffix = next((each for each in WORLDS if cell["profile"].endswith(each)), "")
+        changes = [suffix.replace("-", " ").strip(), cell["setting"].replace("_", " ")]
+        changes.append("" if cell["noise"] == noise else f"noise {cell['noise']:g}")
+        right = cell["acceptance"]
+        changes.append("" if right == drafting.get(cell["workload"], right) else f"guesses right {right:g}")
+        guesses = ", drafts" if right else ""
+        return (cell["workload"], cell["profile"].removesuffix(suffix), guesses), ", ".join(filter(None, changes))
+
+    own = [c for c in cells if c["policy"] == "slos_serve" and c["replicas"] == 1 and c["arrivals"] == "bursts"]
+    own = [c for c in own if not c["ttft_floor_ms"] and not c["untuned"] and c["setting"] in ("", "lengths_exact")]
+    drafting: dict[str, float] = {}
+    for cell in own:
+        if cell["acceptance"]:
+            drafting.setdefault(cell["workload"], cell["acceptance"])
+    rates: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for cell in own:
+        where, change = world(cell)
+        rates.setdefault(where, {}).setdefault(change, []).append(headline(cell))
+    rates = {where: found for where, found in rates.items() if len(found) > 2 and found.get("")}
+    names = [name for name in dict.fromkeys(name for found in rates.values() for name in found) if name]
+    if not rates:
+        return []
+    title = "What limits the capacity"
+    columns = [f"{w.replace('_', ' ')}\n{p.replace('-', ' ', 1)}{guesses}" for w, p, guesses in rates]
+    ratios = [[_ratio(found.get(name), found[""]) for found in rates.values()] for name in names]
+    caption = "Our capacity at 90 % under bursts in a world that differs in one thing, relative to the world as it is."
+    return [Picture("limits", title, caption, _ratios(f"{title} (as it is = 1)", names, columns, ratios))]
+
+
+def _ratios(title: str, rows: Sequence[str], columns: Sequence[str], ratios: Sequence[Sequence[float]]) -> bytes:
+    """A table of ratios, coloured: red below 1, green above."""
+    figure, subplots = _figure(max(1.15 * len(columns) + 3.2, 7.0), 0.42 * len(rows) + 1.9)
     axes = subplots()
     axes.imshow(ratios, cmap="RdYlGn", vmin=0.6, vmax=1.4, aspect="auto")
     for y, row in enumerate(ratios):
         for x, ratio in enumerate(row):
             axes.text(x, y, "" if math.isnan(ratio) else f"{ratio:.2f}", ha="center", va="center", fontsize=9)
-    axes.set_xticks(
-        range(len(rates)), [f"{w.replace('_', ' ')}\n{p.replace('-', ' ', 1)}" for w, p in rates], fontsize=8
-    )
-    axes.set_yticks(range(len(names)), [(name or "as shipped").replace("_", " ") for name in names], fontsize=9)
+    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    base = "exact lengths" if lengths else "planner as shipped"
-    axes.set_title(f"{title} ({base} = 1)", loc="left", fontsize=11)
-    return [
-        Picture(
-            "lengths" if lengths else "ablation",
-            title,
-            f"Capacity at 90 % under bursts relative to the {base}; below 1 the change costs capacity.",
-            _png(figure),
-        )
-    ]
+    axes.set_title(title, loc="left", fontsize=11)
+    return _png(figure)
 
 
 def _ratio(found: Sequence[float] | None, reference: Sequence[float]) -> float:
@@ -500,10 +539,8 @@ def _table(cells: Sequence[Result]) -> str:
 
 
 def _row(cell: Result, pairs: Sequence[tuple[str, str]]) -> str:
-    told = " ".join(f"{name}={value:g}" for name, value in (cell["parameters"] or {}).items()) or cell["setting"]
-    told += f" drafts {cell['acceptance']:g}" if cell["acceptance"] else ""
     values = [str(cell[name]) for name in ("workload", "arrivals", "profile", "policy")]
-    values += [told, str(cell["replicas"]), f"{cell['ttft_floor_ms']:g}"]
+    values += [told(cell), str(cell["replicas"]), f"{cell['ttft_floor_ms']:g}"]
     values.append(f"{cell['bound']['least']:.3g}" if cell.get("bound") else "")
     for rule, target in pairs:
         rate = cell["capacity_per_gpu"].get(rule, {}).get(target)

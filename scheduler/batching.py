@@ -21,7 +21,7 @@ import numpy as np
 from .admission import Verdict, admit, shortest_period
 from .drafting import draft_steps, own_steps, tier_steps
 from .jit import compiled
-from .lead import in_need, load_until
+from .lead import IN_BLOCKS, UNSPENT, WHOLE, in_need, load_until
 from .selection import refine
 from .table import (
     BEST_EFFORT,
@@ -46,6 +46,7 @@ _ADMITTED: Final = int(Verdict.ADMITTED)
 _MISSED: Final = int(Verdict.MISSED)
 _RELEGATED: Final = int(Verdict.RELEGATED)
 _MEMORY: Final = int(Verdict.MEMORY)
+_CAPACITY: Final = int(Verdict.CAPACITY)
 ROOMY: Final = 0.6  # share of the blocks that the promised leave where decodes may wait
 SCARCE: Final = 0.02  # share of the blocks below which memory is what everybody waits for
 
@@ -73,7 +74,7 @@ OWN_DRAFT: Final = 19  # 1 when each decode may have its own number of guesses
 BY_TIER: Final = 20  # 1 when the published rule per tier chooses the guesses
 SHORT_TTFT: Final = 21  # what nearly all TTFTs asked for lately exceed, seconds
 WAIT: Final = 22  # how much of it an iteration may take that is planned
-SPEND_LEAD: Final = 23  # 1 when decodes that are ahead wait for prompts in need
+LEAD: Final = 23  # how far decodes that are ahead wait for prompts in need: a value of `lead`
 LIMITS: Final = 24
 
 # `batch`: one row for each chunk.
@@ -304,18 +305,62 @@ def prompt_tokens_within(perf: Any, seconds: float, load: Any, past: float, left
 
 @compiled
 def beside_prompts(
-    real: Any, whole: Any, decodes: Any, waiting: Any, now: float, spend: bool, load: Any, limits: Any
+    real: Any, whole: Any, decodes: Any, waiting: Any, now: float, spend: float, load: Any, limits: Any
 ) -> tuple[float, float]:
     """How many decodes the mean iteration carries until those that wait are due, and the sum of their contexts."""
-    if not spend or waiting.size == 0:
+    if spend == UNSPENT or waiting.size == 0:
         return load[DECODES], load[CONTEXT]
     seconds = float(real[DUE][waiting].mean()) - now
-    return load_until(real, whole, decodes, now, seconds, limits[PACE])
+    return load_until(real, whole, decodes, now, seconds, limits[PACE], spend == IN_BLOCKS)
+
+
+@compiled
+def choose(
+    real: Any, whole: Any, order: Any, accepted: Any, verdict: Any, decodes: Any, perf: Any, now: float,
+    tightest: float, first_due: float, room: float, spend: float, load: Any, limits: Any,
+) -> int:  # fmt: skip
+    """Who of `order` can be promised when leads are spent as far as `spend`; returns how many, in `accepted`."""
+    beside, beside_context = beside_prompts(real, whole, decodes, order, now, spend, load, limits)
+    count = admit(
+        real, whole, order, accepted, verdict, perf, now, limits[CAP], load[DECODES], load[CONTEXT],
+        beside, beside_context, tightest, first_due - now, room, int(limits[BLOCK_TOKENS]), limits[SETTLE] > 0.5,
+    )  # fmt: skip
+    if limits[SETTLE] > 0.5:
+        return int(count)
+    return int(refine(
+        real, whole, order, accepted, count, verdict, decodes, perf, now, limits[CAP], load[CONTEXT],
+        beside, beside_context, tightest, first_due - now, room, int(limits[BLOCK_TOKENS]),
+    ))  # fmt: skip
+
+
+@compiled
+def accept(
+    real: Any, whole: Any, order: Any, accepted: Any, verdict: Any, decodes: Any, perf: Any, now: float,
+    tightest: float, first_due: float, room: float, load: Any, limits: Any,
+) -> tuple[int, float]:  # fmt: skip
+    """Decide on all of `order`; returns how many are promised, in `accepted`, and how far leads are spent for them.
+
+    A decode that waits holds its memory longer: only where the promised leave most of it are leads spent.
+    """
+    spend = IN_BLOCKS if limits[LEAD] > UNSPENT and room >= ROOMY * limits[NUM_BLOCKS] else UNSPENT
+    count = choose(
+        real, whole, order, accepted, verdict, decodes, perf, now, tightest, first_due, room, spend, load, limits
+    )
+    if spend == IN_BLOCKS and limits[LEAD] == WHOLE and (verdict == _CAPACITY).any():
+        spend = WHOLE
+        count = choose(
+            real, whole, order, accepted, verdict, decodes, perf, now, tightest, first_due, room, spend, load, limits
+        )
+    for i in range(order.size):
+        whole[VERDICT, order[i]] = verdict[i]
+        if limits[SETTLE] > 0.5 and verdict[i] != _ADMITTED:
+            whole[KIND, order[i]] = BEST_EFFORT
+    return count, spend
 
 
 @compiled
 def decodes_to_run(
-    real: Any, whole: Any, decodes: Any, accepted: Any, now: float, period: float, spend: bool, perf: Any, load: Any,
+    real: Any, whole: Any, decodes: Any, accepted: Any, now: float, period: float, spend: float, perf: Any, load: Any,
     limits: Any,
 ) -> Any:  # fmt: skip
     """All of them; without those that can wait where the accepted prompts do not fit beside all."""
@@ -323,9 +368,9 @@ def decodes_to_run(
     for slot in accepted:
         left += whole[KNOWN, slot] - whole[COMPUTED, slot]
     fits = left <= tokens_within(perf, period, load[CONTEXT], 0.0, 0.0) - load[DECODES]
-    if fits or not spend:
+    if fits or spend == UNSPENT:
         return decodes
-    return in_need(real, whole, decodes, now, limits[PACE])
+    return in_need(real, whole, decodes, now, limits[PACE], spend == IN_BLOCKS)
 
 
 @compiled
@@ -565,7 +610,7 @@ def compose(
     """Fill `batch` and `evicted`; returns the predicted seconds.
 
     `active` lists the live slots in order of arrival. Verdicts and held blocks are updated in `whole`,
-    `limits[FREE_BLOCKS]` is left at what remains. O(n log n) and one pass of admission.
+    `limits[FREE_BLOCKS]` is left at what remains. O(n log n) and at most two passes of admission.
     """
     counts[:] = 0
     n, slots = active.size, whole.shape[1]
@@ -579,25 +624,12 @@ def compose(
     order = waiting[:num_waiting][np.argsort(real[DUE][waiting[:num_waiting]], kind="mergesort")]
     slots_accepted = np.empty(num_waiting + 1, np.int64)
     verdict = np.zeros(num_waiting, np.int64)
-    # A decode that waits holds its memory longer.
-    spend = limits[SPEND_LEAD] > 0.5 and room >= ROOMY * limits[NUM_BLOCKS]
-    beside, beside_context = beside_prompts(real, whole, decodes, order, now, spend, load, limits)
-    num_accepted = admit(
-        real, whole, order, slots_accepted, verdict, perf, now, limits[CAP], load[DECODES], load[CONTEXT],
-        beside, beside_context, tightest, first_due - now, room, int(limits[BLOCK_TOKENS]), limits[SETTLE] > 0.5,
-    )  # fmt: skip
-    if limits[SETTLE] < 0.5:
-        num_accepted = refine(
-            real, whole, order, slots_accepted, num_accepted, verdict, decodes, perf, now, limits[CAP], load[CONTEXT],
-            beside, beside_context, tightest, first_due - now, room, int(limits[BLOCK_TOKENS]),
-        )  # fmt: skip
+    num_accepted, spend = accept(
+        real, whole, order, slots_accepted, verdict, decodes, perf, now, tightest, first_due, room, load, limits
+    )
     accepted = slots_accepted[:num_accepted]
     admitted = np.zeros(slots, np.bool_)
     admitted[accepted] = True
-    for i in range(num_waiting):
-        whole[VERDICT, order[i]] = verdict[i]
-        if limits[SETTLE] > 0.5 and verdict[i] != _ADMITTED:
-            whole[KIND, order[i]] = BEST_EFFORT
 
     period, idle, decodes_wait = period_of(real, whole, accepted, now, first_due, tightest, load, perf, limits)
     running = decodes_to_run(real, whole, decodes, accepted, now, period, spend, perf, load, limits)

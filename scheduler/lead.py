@@ -1,7 +1,9 @@
 """Decodes that are ahead of what they owe: their next tokens may wait while prompts are in need.
 
-A token is due by its stage's pace, and so early that the mean of its block of ten keeps it. What a decode has beyond
-that is its lead. In quiet times decodes run in every iteration and gain lead; under a burst it buys prefill.
+A token is due by its stage's pace. What a decode has beyond that is its lead: in quiet times decodes run in every
+iteration and gain lead, under a burst it buys prefill. First only so much of it is spent that the mean of every block
+of ten tokens keeps the pace; the rest where somebody could not be promised otherwise, and then no pause is longer than
+ten paces.
 """
 
 from __future__ import annotations
@@ -11,9 +13,16 @@ from typing import Any, Final
 import numpy as np
 
 from .jit import compiled
-from .table import BLOCK_AT, BLOCK_GAPS, COMPUTED, DUE, TPOT
+from .table import BLOCK_AT, BLOCK_GAPS, COMPUTED, DUE, SERVED, TPOT
+
+# How far a lead is spent; the names are what `PlannerConfig.lead` is given.
+SPENT: Final = ("unspent", "blocks", "whole")
+UNSPENT: Final = 0.0  # not at all
+IN_BLOCKS: Final = 1.0  # as far as the mean of a block allows
+WHOLE: Final = 2.0  # as far as due times allow, where somebody could not be promised otherwise
 
 AHEAD: Final = 3.0  # paces that a decode keeps of its lead
+PAUSE: Final = 10.0  # paces that a decode waits at most
 
 
 @compiled
@@ -26,24 +35,37 @@ def due_of(real: Any, whole: Any, slot: int, blocks: bool) -> float:
 
 
 @compiled
-def in_need(real: Any, whole: Any, decodes: Any, now: float, pace: float) -> Any:
+def needed_at(real: Any, whole: Any, slot: int, blocks: bool) -> float:
+    """When the next token of a decode may come at the latest, absolute seconds.
+
+    With `blocks` the mean of its block is kept; without, only its due time is, but no pause is longer than a block.
+    """
+    if blocks:
+        return due_of(real, whole, slot, True)
+    return float(min(real[DUE, slot], real[SERVED, slot] + PAUSE * real[TPOT, slot]))
+
+
+@compiled
+def in_need(real: Any, whole: Any, decodes: Any, now: float, pace: float, blocks: bool) -> Any:
     """The decodes that may not wait for an iteration of at most `pace` times their TPOT."""
     chosen = np.empty_like(decodes)
     count = 0
     for slot in decodes:
-        if due_of(real, whole, slot, True) < now + AHEAD * pace * real[TPOT, slot]:
+        if needed_at(real, whole, slot, blocks) < now + AHEAD * pace * real[TPOT, slot]:
             chosen[count] = slot
             count += 1
     return chosen[:count]
 
 
 @compiled
-def load_until(real: Any, whole: Any, decodes: Any, now: float, seconds: float, pace: float) -> tuple[float, float]:
+def load_until(
+    real: Any, whole: Any, decodes: Any, now: float, seconds: float, pace: float, blocks: bool
+) -> tuple[float, float]:
     """How many of the decodes run in the mean iteration of the next `seconds`, when all leads are spent first, and
     the sum of their contexts."""
     rows = context = 0.0
     for slot in decodes:
-        lead = due_of(real, whole, slot, True) - now - AHEAD * pace * real[TPOT, slot]
+        lead = needed_at(real, whole, slot, blocks) - now - AHEAD * pace * real[TPOT, slot]
         share = 1.0 - min(max(lead, 0.0) / max(seconds, 1e-3), 1.0)
         rows += share
         context += share * whole[COMPUTED, slot]

@@ -25,7 +25,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import batching, drafting, learning, lengths, table, timemodel
+from . import batching, drafting, lead, learning, lengths, table, timemodel
 from .admission import REASONS, Verdict
 from .core import (
     Advance,
@@ -62,8 +62,9 @@ class PlannerConfig:
     lengths are predicted, a name of `lengths.MODES`. `drafts`: the rule for guesses, a name of `drafting.RULES`.
     `pace`: longest iteration beside promised decodes, in their tightest TPOT (longer ones spend the slack of
     early tokens). `commit_late` off promises or declines at once and for good; `prefill_only` off never lets
-    decodes wait for an urgent prompt, `spend_lead` off never lets those wait that are ahead, `whole_sessions` off
-    takes each round of a session for itself: they are there to measure what the ideas are worth.
+    decodes wait for an urgent prompt, `whole_sessions` off takes each round of a session for itself: they are there to
+    measure what the ideas are worth. `lead`: how far decodes that are ahead wait for prompts in need, a name of
+    `lead.SPENT`: with "whole" every token is in time but blocks of ten may be slower than the pace, with "blocks" none.
     """
 
     cap: float = 0.08
@@ -80,7 +81,7 @@ class PlannerConfig:
     drafts: str = "cost"
     commit_late: bool = True
     prefill_only: bool = True
-    spend_lead: bool = True
+    lead: str = "whole"
     whole_sessions: bool = True
 
     def __post_init__(self) -> None:
@@ -99,6 +100,8 @@ class PlannerConfig:
                 raise ValueError(f"planner {name}: must be above {low} and at most {high}, got {value!r}")
         if self.drafts not in drafting.RULES:
             raise ValueError(f"planner drafts: must be one of {', '.join(drafting.RULES)}, got {self.drafts!r}")
+        if self.lead not in lead.SPENT:
+            raise ValueError(f"planner lead: must be one of {', '.join(lead.SPENT)}, got {self.lead!r}")
         if self.lengths not in lengths.MODES:
             raise ValueError(f"planner lengths: must be one of {', '.join(lengths.MODES)}, got {self.lengths!r}")
 
@@ -304,7 +307,7 @@ class Scheduler:
         limits[batching.PACE] = config.pace
         limits[batching.SETTLE] = not config.commit_late
         limits[batching.PURE] = config.prefill_only
-        limits[batching.SPEND_LEAD] = config.spend_lead
+        limits[batching.LEAD] = lead.SPENT.index(config.lead)
         limits[batching.OWN_DRAFT] = caps.per_request_draft
         limits[batching.BY_TIER] = config.drafts == "tiers"
         return limits

@@ -27,13 +27,15 @@ def asked(*arguments: str) -> argparse.Namespace:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The smallest matrix with a curve, and one setting of ours."""
+    """The smallest matrix with a curve, one setting of ours, and two worlds that differ in one thing each."""
     folder = tmp_path_factory.mktemp("results")
     narrow = ("--target", "0.9", "--rule", "strict")
     runs = {"matrix": ("--policy", "slos_serve,vllm"), "ablation": ("--setting", "no_overcommit")}
+    profile = "a100-llama-3-8b"
+    runs |= {"noiseless": ("--noise", "0"), "roomy": ("--profile", f"{profile}-double-kv,{profile}")}
     for name, arguments in runs.items():
         assert exam.run(asked(*ONE, *narrow, *arguments, "--json", str(folder / f"{name}.json"))) == 0
-    return [folder / "matrix.json", folder / "ablation.json"]
+    return [folder / f"{name}.json" for name in runs]
 
 
 def test_the_page_needs_nothing_else(results: list[Path], tmp_path: Path) -> None:
@@ -44,18 +46,26 @@ def test_the_page_needs_nothing_else(results: list[Path], tmp_path: Path) -> Non
     assert exam_report.run(parser.parse_args([*map(str, results), "--out", str(out)])) == 0
     page = (out / "index.html").read_text()
     names = {path.stem for path in out.glob("*.png")}
-    assert {"capacity-a100-llama-3-8b-bursts-0-1", "curve-coding-a100-llama-3-8b-bursts-0-1", "ablation"} <= names
+    assert {
+        "capacity-a100-llama-3-8b-bursts-0-1",
+        "curve-coding-a100-llama-3-8b-bursts-0-1",
+        "ablation",
+        "limits",
+    } <= names
     assert all(path.read_bytes().startswith(PNG) for path in out.glob("*.png"))
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert len(sources) == len(names)
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert page.count("<tr") == 1 + 3
+    assert page.count("<tr") == 1 + 5
+    assert "noise 0<" in page
 
 
 def test_every_capacity_has_its_bound(results: list[Path]) -> None:
-    """The bound is that of the cell, whoever plans."""
+    """The bound is that of the cell, whoever plans; twice the memory can only raise it."""
     cells = [cell for path in results for cell in json.loads(path.read_text())["cells"]]
-    assert len({json.dumps(cell["bound"]) for cell in cells}) == 1
+    found = {cell["profile"]: cell["bound"] for cell in cells}
+    assert all(cell["bound"] == found[cell["profile"]] for cell in cells)
+    assert found["a100-llama-3-8b-double-kv"]["least"] >= found["a100-llama-3-8b"]["least"]
     for cell in cells:
         assert 0 < exam_report.headline(cell) <= cell["bound"]["least"]
 

@@ -360,7 +360,31 @@ def iterations_without(name: str, config: PlannerConfig) -> int:
 def test_decodes_that_are_ahead_wait_for_a_prompt_in_need() -> None:
     """They spend their lead and no more: all their tokens come in time, and in every block."""
     assert iterations_without("early", PlannerConfig()) == 1
-    assert iterations_without("early", PlannerConfig(spend_lead=False)) == 0
+    assert iterations_without("early", PlannerConfig(lead="unspent")) == 0
+
+
+def test_a_lead_is_spent_whole_where_somebody_could_not_be_promised_otherwise() -> None:
+    """More prompts of a burst are in time; the decodes are, too, and pause no longer than a block."""
+    perf = PerfModel((Piece(0.005, 5e-5),), per_context=6e-7)
+    caps = Capabilities(20000, 16, 4096, 256, 8192)
+    early = [request(f"early{i}", prompt=1000, new=150, ttft=4.0, tpot=0.05) for i in range(25)]
+    burst = [request(f"burst{i}", at=1.6, prompt=1000, new=2, ttft=2.0, tpot=0.5) for i in range(60)]
+    kept, pauses = {}, {}
+    for lead in ("unspent", "blocks", "whole"):
+        outcomes = simulate(
+            [*early, *burst],
+            {each.id: each.max_new_tokens for each in [*early, *burst]},
+            Scheduler(caps, perf, PlannerConfig(lead=lead)),
+            SimulatedEngine(caps, perf),
+        )
+        streams = [outcomes[each.id] for each in early]
+        assert all(each.attained for each in streams)
+        in_blocks = [block_attained(e.request.stages, [150], 0.0, e.token_times) for e in streams]
+        assert all(in_blocks) == (lead != "whole")
+        kept[lead] = sum(outcomes[each.id].attained for each in burst)
+        pauses[lead] = max(float(np.diff(each.token_times).max()) for each in streams)
+    assert kept["unspent"] <= kept["blocks"] < kept["whole"], kept
+    assert pauses["whole"] <= 10 * 0.05 + 0.08, pauses
 
 
 def test_the_published_planner_keeps_the_mean_of_every_block() -> None:
