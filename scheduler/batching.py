@@ -315,25 +315,6 @@ def beside_prompts(
 
 
 @compiled
-def choose(
-    real: Any, whole: Any, order: Any, accepted: Any, verdict: Any, decodes: Any, perf: Any, now: float,
-    tightest: float, first_due: float, room: float, spend: float, load: Any, limits: Any,
-) -> int:  # fmt: skip
-    """Who of `order` can be promised when leads are spent as far as `spend`; returns how many, in `accepted`."""
-    beside, beside_context = beside_prompts(real, whole, decodes, order, now, spend, load, limits)
-    count = admit(
-        real, whole, order, accepted, verdict, perf, now, limits[CAP], load[DECODES], load[CONTEXT],
-        beside, beside_context, tightest, first_due - now, room, int(limits[BLOCK_TOKENS]), limits[SETTLE] > 0.5,
-    )  # fmt: skip
-    if limits[SETTLE] > 0.5:
-        return int(count)
-    return int(refine(
-        real, whole, order, accepted, count, verdict, decodes, perf, now, limits[CAP], load[CONTEXT],
-        beside, beside_context, tightest, first_due - now, room, int(limits[BLOCK_TOKENS]),
-    ))  # fmt: skip
-
-
-@compiled
 def accept(
     real: Any, whole: Any, order: Any, accepted: Any, verdict: Any, decodes: Any, perf: Any, now: float,
     tightest: float, first_due: float, room: float, load: Any, limits: Any,
@@ -343,17 +324,24 @@ def accept(
     A decode that waits holds its memory longer: only where the promised leave most of it are leads spent.
     """
     spend = IN_BLOCKS if limits[LEAD] > UNSPENT and room >= ROOMY * limits[NUM_BLOCKS] else UNSPENT
-    count = choose(
-        real, whole, order, accepted, verdict, decodes, perf, now, tightest, first_due, room, spend, load, limits
-    )
-    if spend == IN_BLOCKS and limits[LEAD] == WHOLE and (verdict == _CAPACITY).any():
+    slack, block_tokens, settle = first_due - now, int(limits[BLOCK_TOKENS]), limits[SETTLE] > 0.5
+    while True:
+        beside, beside_context = beside_prompts(real, whole, decodes, order, now, spend, load, limits)
+        count = admit(
+            real, whole, order, accepted, verdict, perf, now, limits[CAP], load[DECODES], load[CONTEXT],
+            beside, beside_context, tightest, slack, room, block_tokens, settle,
+        )  # fmt: skip
+        if spend != IN_BLOCKS or limits[LEAD] != WHOLE or not (verdict == _CAPACITY).any():
+            break
         spend = WHOLE
-        count = choose(
-            real, whole, order, accepted, verdict, decodes, perf, now, tightest, first_due, room, spend, load, limits
-        )
+    if not settle:
+        count = refine(
+            real, whole, order, accepted, count, verdict, decodes, perf, now, limits[CAP], load[CONTEXT],
+            beside, beside_context, tightest, slack, room, block_tokens,
+        )  # fmt: skip
     for i in range(order.size):
         whole[VERDICT, order[i]] = verdict[i]
-        if limits[SETTLE] > 0.5 and verdict[i] != _ADMITTED:
+        if settle and verdict[i] != _ADMITTED:
             whole[KIND, order[i]] = BEST_EFFORT
     return count, spend
 
