@@ -383,7 +383,8 @@ def _limits(cells: Sequence[Result], noise: float) -> list[Picture]:
         return (cell["workload"], cell["profile"].removesuffix(suffix), guesses), ", ".join(filter(None, changes))
 
     own = [c for c in cells if c["policy"] == "slos_serve" and c["replicas"] == 1 and c["arrivals"] == "bursts"]
-    own = [c for c in own if not c["ttft_floor_ms"] and not c["untuned"] and c["setting"] in ("", "lengths_exact")]
+    settings = ("", "lengths_exact", "lead_whole")
+    own = [c for c in own if not c["ttft_floor_ms"] and not c["untuned"] and c["setting"] in settings]
     drafting: dict[str, float] = {}
     for cell in own:
         if cell["acceptance"]:

@@ -30,7 +30,7 @@ ABLATIONS: Final[Mapping[str, Setting]] = {
     "short_iterations": Setting({"wait": 0.0}),
     "no_prefill_only": Setting({"prefill_only": False}),
     "lead_unspent": Setting({"lead": "unspent"}),
-    "lead_within_blocks": Setting({"lead": "blocks"}),
+    "lead_whole": Setting({"lead": "whole"}),
     "rounds_alone": Setting({"whole_sessions": False}),
     "no_margin": Setting({"margin": 0.0}),
     "fixed_margin": Setting({"margin": 0.1}),

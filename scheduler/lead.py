@@ -1,9 +1,9 @@
 """Decodes that are ahead of what they owe: their next tokens may wait while prompts are in need.
 
 A token is due by its stage's pace. What a decode has beyond that is its lead: in quiet times decodes run in every
-iteration and gain lead, under a burst it buys prefill. First only so much of it is spent that the mean of every block
-of ten tokens keeps the pace; the rest where somebody could not be promised otherwise, and then no pause is longer than
-ten paces.
+iteration and gain lead, under a burst it buys prefill. Only so much of it is spent that the mean of every block of ten
+tokens keeps the pace. Where `PlannerConfig.lead` allows it, the rest is spent, too, for somebody who could not be
+promised otherwise, and then no pause is longer than ten paces.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class PlannerConfig:
     early tokens). `commit_late` off promises or declines at once and for good; `prefill_only` off never lets
     decodes wait for an urgent prompt, `whole_sessions` off takes each round of a session for itself: they are there to
     measure what the ideas are worth. `lead`: how far decodes that are ahead wait for prompts in need, a name of
-    `lead.SPENT`: with "whole" every token is in time but blocks of ten may be slower than the pace, with "blocks" none.
+    `lead.SPENT`; with "whole" every token is in time but a block of ten may be slower than the pace.
     """
 
     cap: float = 0.08
@@ -81,7 +81,7 @@ class PlannerConfig:
     drafts: str = "cost"
     commit_late: bool = True
     prefill_only: bool = True
-    lead: str = "whole"
+    lead: str = "blocks"
     whole_sessions: bool = True
 
     def __post_init__(self) -> None:
