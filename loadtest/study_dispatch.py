@@ -2,6 +2,7 @@
 
 Every instance is the real planner on a simulated engine, and the ranking is the router's own. A request goes to
 one instance, may be declined there at its first plan, and goes on to the next with its arrival time as it was.
+Once every request has found its place, each instance is played to its end by itself, in compiled code.
 
     round_robin   each instance in turn                          sticky   a session's home, others in turn
     least_tokens  the fewest outstanding tokens, known exactly   hops     in turn, following declines (the paper)
@@ -31,9 +32,9 @@ import numpy as np
 from slos_serve.scheduler import PerfModel, Piece, Plan, Request, Scheduler, StepReport, timemodel
 from slos_serve.scheduler.core import Advances, Chunks
 from slos_serve.scheduler.dispatch import Ask, Fleet, Load, drawn, home, is_hopeless, load_of, predict, prefix, rank
-from slos_serve.scheduler.simulator import Outcome, SimulatedEngine
+from slos_serve.scheduler.simulator import IDLE_SECONDS, Outcome, SimulatedEngine, run_out
 
-from .capacity import kept
+from .capacity import kept, rounds
 from .cells import TARGETS, Profile, Turn, draw, load_profile, turns
 from .cells import Load as Arrivals
 
@@ -78,14 +79,14 @@ class Site:
         self.is_busy = False
         self._outstanding = -1.0
 
-    def take(self, turn: Turn, now: float) -> None:
+    def take(self, turn: Turn, now: float, *, is_settled: bool) -> None:
         request, session = turn.request, turn.request.session
         known = self.cached.get(session, 0) if session else 0
         block = self.planner.capabilities.block_tokens
         held = min(known, request.prompt_tokens - 1) // block * block
         held = held if held // block < self.planner.free_blocks else 0
         request = replace(request, cached_tokens=held)
-        self.live[request.id] = _Live(turn, request)
+        self.live[request.id] = _Live(turn, request, is_settled=is_settled)
         self.changed()
         self.engine.add(request, turn.output_tokens)
         self.planner.add(request, now)
@@ -178,8 +179,8 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
     "1 replica": Scenario(same(1), policies=_BRIEF),
     "2 replicas": Scenario(same(2), policies=_BRIEF),
     "8 replicas": Scenario(same(8), policies=_BRIEF),
-    "64 replicas": Scenario(same(64), seconds=10.0, policies=(*_BRIEF, "few")),
-    "512 replicas": Scenario(same(512), seconds=4.0, policies=("round_robin", "ranked", "few")),
+    "64 replicas": Scenario(same(64), policies=(*_BRIEF, "few")),
+    "512 replicas": Scenario(same(512), seconds=8.0, policies=("round_robin", "ranked", "few")),
 }
 # Scenarios whose other policies do not feel what is changed: their capacities are those of another.
 _LIKE: Final[Mapping[str, str]] = {
@@ -207,6 +208,7 @@ class Service:
             Site(f"i{n}", load_profile(name), slowdown, seed + n) for n, (name, slowdown) in enumerate(scenario.sites)
         ]
         self.policy = policy
+        self.may_be_declined = len(self.sites) > 1 and policy in ("hops", *RANKED)
         self.tell_every = scenario.tell
         names = [site.name for site in self.sites]
         self.routers = [Router(Fleet(names), turn=1009 * n) for n in range(scenario.routers)]
@@ -214,6 +216,8 @@ class Service:
         self.declined: dict[str, list[int]] = {}
         self.held: dict[str, float] = {}
         self.expected: dict[str, tuple[float, float, Router]] = {}
+        self.coming = 0  # requests that are still to find their place
+        self.until = math.inf
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()
         self._rng = np.random.default_rng(seed)
@@ -223,6 +227,8 @@ class Service:
 
     def run(self, firsts: Sequence[Turn], until: float) -> dict[str, Outcome]:
         """Until every session has ended, or `until`."""
+        self.coming = sum(1 for turn in firsts for _ in rounds(turn))
+        self.until = until
         for turn in firsts:
             self.at(turn.request.arrived_at, lambda now, turn=turn: self.arrive(turn, now))  # type: ignore[misc]
         ticking = len(self.routers) if self.tell_every > 0 and self.policy in RANKED else 0
@@ -231,19 +237,18 @@ class Service:
         while self._events and self._events[0][0] <= until:
             now, _, act = heapq.heappop(self._events)
             act(now)
-            if not any(site.live for site in self.sites) and len(self._events) <= ticking:
-                break
         return self.outcomes
 
     def tell(self, router: Router, now: float) -> None:
         self.tell_once(router, now)
-        self.at(now + self.tell_every, lambda later: self.tell(router, later))
+        if self.coming:
+            self.at(now + self.tell_every, lambda later: self.tell(router, later))
 
     def tell_once(self, router: Router, now: float) -> None:
         for number, site in enumerate(self.sites):
             router.fleet.tell(site.name, site.load(), now)
-            told = (session for at, session in site.ended if at >= now - TOLD_SECONDS)
-            router.homes.update(dict.fromkeys(told, number))
+            told = itertools.takewhile(lambda end: end[0] >= now - TOLD_SECONDS, reversed(site.ended))
+            router.homes.update((session, number) for _, session in told)
 
     def arrive(self, turn: Turn, now: float) -> None:
         self.outcomes[turn.request.id] = Outcome(turn.request)
@@ -256,7 +261,8 @@ class Service:
             self.held[turn.request.id] = self.held.get(turn.request.id, 0.0) + HOLD_STEP
             self.at(now + HOLD_STEP, lambda later: self.dispatch(turn, later))
             return
-        self.sites[number].take(turn, now)
+        self.sites[number].take(turn, now, is_settled=not self.may_be_declined)
+        self.coming -= not self.may_be_declined
         self.wake(number, now)
 
     def choose(self, turn: Turn, now: float) -> int | None:
@@ -318,6 +324,9 @@ class Service:
     def step(self, number: int, now: float) -> None:
         site = self.sites[number]
         site.is_busy = False
+        if site.live and not self.coming:
+            run_out(site.planner, site.engine, self.outcomes, now, self.until)
+            site.live = {name: each for name, each in site.live.items() if name in site.engine.slot_of}
         if not site.live:
             return
         plan = site.planner.plan(now)
@@ -330,7 +339,7 @@ class Service:
             plan = without(plan, set(gone))
         if is_idle:
             if site.live:
-                self.at(min(plan.wake_at, now + 0.05), lambda later: self.wake(number, later))
+                self.at(min(plan.wake_at, now + IDLE_SECONDS), lambda later: self.wake(number, later))
         else:
             report = site.engine.step(plan, now)
             site.is_busy = True
@@ -346,8 +355,9 @@ class Service:
             return False
         each.is_settled = True
         most = min(MAX_HOPS, len(self.sites)) if self.policy in RANKED else len(self.sites) - 1
-        may = len(self.sites) > 1 and self.policy in ("hops", *RANKED) and len(self.declined[request_id]) < most
-        return may and not admitted and not each.tokens
+        goes_on = len(self.declined[request_id]) < most and not admitted and not each.tokens
+        self.coming -= not goes_on
+        return goes_on
 
     def ended(self, number: int, report: StepReport, now: float) -> None:
         site = self.sites[number]
@@ -368,6 +378,7 @@ class Service:
 
     def finish(self, site: Site, ended: _Live, now: float) -> None:
         turn = ended.turn
+        self.coming -= not ended.is_settled
         if turn.request.session is not None:
             site.cached[turn.request.session] = turn.request.prompt_tokens + turn.output_tokens
             site.ended.append((now, turn.request.session))
@@ -460,7 +471,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="default: all")
     parser.add_argument("--policy", action="append", choices=POLICIES, help="default: those of the scenario")
     parser.add_argument("--seeds", type=int, default=1, help="runs whose capacities are averaged")
-    parser.add_argument("--seconds", type=float, default=60.0, help="virtual seconds of arrivals, up to 8 replicas")
+    parser.add_argument("--seconds", type=float, default=60.0, help="virtual seconds of arrivals; 8 with 512 replicas")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keeps what was found; what it has is not run again")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of all that was found")
 
@@ -558,7 +569,7 @@ def _plot_scale(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
         if len(points) > 1:
             axes.semilogx(*zip(*points, strict=True), "o-", label=policy, base=2)
             axes.set_xticks(list(sizes), [f"{size}" for size in sizes])
-    axes.set(xlabel="replicas (the runs of 64 and 512 are short)", ylabel="sessions/s per replica", title="capacity")
+    axes.set(xlabel="replicas (the runs of 512 are short)", ylabel="sessions/s per replica", title="capacity")
     axes.set_ylim(bottom=0)
     _legend(axes)
 

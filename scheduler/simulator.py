@@ -52,6 +52,7 @@ UNEQUAL: Final = 4  # scheduler and engine count different blocks
 
 SAMPLED: Final = 8  # of so many instants of arrivals one is timed
 
+IDLE_SECONDS: Final = 0.05  # until a planner is asked again that could run nothing
 _LOG: Final = 65536  # rows of the log of tokens
 
 
@@ -111,7 +112,12 @@ def guess(rng: Any, drafts: Any, slots: Any, acceptance: Any, accepted: Any) -> 
 
 @compiled
 def disturb(seconds: float, rng: Any, noise: float) -> float:
-    return float(seconds * np.exp(noise * rng.standard_normal())) if noise > 0.0 else seconds
+    return stretched(seconds, noise * rng.standard_normal()) if noise > 0.0 else seconds
+
+
+@compiled
+def stretched(seconds: float, exponent: float) -> float:
+    return float(seconds * np.exp(exponent))
 
 
 @compiled
@@ -186,13 +192,17 @@ class SimulatedEngine:
         slots = np.array([slot_of[name] for name in chunks.ids], dtype=np.int64)
         advances, accepted = np.empty((slots.size, 5), np.int64), np.empty(slots.size, np.int64)
         drafts = chunks.numbers[:, 2]
-        guess(self.rng, drafts, slots, self.acceptance, accepted)
+        if drafts.any():  # handing over the generator takes as long as all the rest
+            guess(self.rng, drafts, slots, self.acceptance, accepted)
+        else:
+            accepted[:] = 0
         seconds = run_batch(
             self.live, slots, chunks.numbers, accepted, self.held, self.model, self._capabilities.block_tokens, advances
         )
         if seconds < 0.0:
             raise self.misfit(int(slots[int(-1.0 - seconds)]))
-        seconds = disturb(seconds, self.rng, self.noise)
+        if self.noise > 0.0:
+            seconds = stretched(seconds, self.noise * self.rng.standard_normal())
         for i in np.flatnonzero(advances[:, 4]).tolist():
             self.release(chunks.ids[i])
         return StepReport(now, now + seconds, Advances(chunks.ids, advances), self.free_blocks)
@@ -390,20 +400,25 @@ class _Play:
         """A request arrives; `awaited` says that somebody wants to know its end at once."""
         if request.cached_tokens:
             request = replace(request, cached_tokens=self._kept(request.cached_tokens))
-        outcome = Outcome(request)
-        slot = self.engine.add(request, output_tokens, acceptance)
+        self.engine.add(request, output_tokens, acceptance)
+        self.planner.add(request, self.now)
+        self.join(Outcome(request), awaited=awaited)
+
+    def join(self, outcome: Outcome, *, awaited: bool) -> None:
+        """A request that planner and engine have is one of this simulation."""
+        request_id = outcome.request.id
+        slot = self.engine.slot_of[request_id]
         self.engine.live[SERIAL, slot] = len(self.arrived)
         self.engine.live[AWAITED, slot] = awaited
         if len(self.arrived) == self.first_at.size:
             self.first_at = np.concatenate([self.first_at, np.full_like(self.first_at, np.inf)])
-        self.planner.add(request, self.now)
         if isinstance(self.planner, Scheduler):
-            own = self.planner.table.slot_of[request.id]
+            own = self.planner.table.slot_of[request_id]
             if own >= self._partner.size:
                 self._partner = np.pad(self._partner, (0, own))
             self._partner[own] = slot
         self.arrived.append(outcome)
-        self.outcomes[request.id] = outcome
+        self.outcomes[request_id] = outcome
         self.live += 1
 
     def _kept(self, cached: int) -> int:
@@ -528,3 +543,25 @@ def simulate(
     finally:
         play.log.fill(play.arrived)
     return play.outcomes
+
+
+def run_out(
+    planner: Scheduler, engine: SimulatedEngine, outcomes: Mapping[RequestId, Outcome], now: float, until: float
+) -> None:
+    """Play on from `now` with the requests that planner and engine have, until all have ended or `until`.
+
+    Nobody else comes, and no step is running. Their further tokens are added to their `outcomes`.
+    """
+    play = _Play(planner, engine, {}, NO_PAUSE)
+    play.now = now
+    for request_id in engine.slot_of:
+        play.join(Outcome(outcomes[request_id].request), awaited=False)
+    while play.live and play.now < until:
+        ran, _ = play.run(until)
+        if not ran:
+            play.now += IDLE_SECONDS
+    play.log.fill(play.arrived)
+    for more in play.arrived:
+        outcome = outcomes[more.request.id]
+        outcome.token_times += more.token_times
+        outcome.preemptions = more.preemptions

@@ -28,7 +28,7 @@ from slos_serve.scheduler import (
     table,
 )
 from slos_serve.scheduler.attainment import block_attained
-from slos_serve.scheduler.simulator import SimulatedEngine, simulate
+from slos_serve.scheduler.simulator import Outcome, SimulatedEngine, run_out, simulate
 
 PERF = PerfModel((Piece(0.010, 2e-5), Piece(0.004, 6e-5)), per_context=3e-8)
 CAPS = Capabilities(num_blocks=2000, block_tokens=16, max_batch_tokens=2048, max_batch_requests=64, max_context=4096)
@@ -613,3 +613,34 @@ def test_unknown_lengths_overflow_in_an_orderly_way(lengths: str) -> None:
     assert sum(outcome.preemptions for outcome in outcomes.values()) > 0
     assert any(outcome.attained for outcome in outcomes.values())
     assert scheduler.free_blocks == caps.num_blocks
+
+
+def test_requests_in_mid_stream_are_played_out_as_call_by_call() -> None:
+    """Ten calls and all the rest at once make the tokens, to the last bit, that calls alone make."""
+    requests = [request(f"r{n}", prompt=200 + 97 * n, new=15 + 7 * n, ttft=0.3, tpot=0.03) for n in range(12)]
+    requests.append(best_effort("late", prompt=3000, new=40))
+    caps = Capabilities(num_blocks=450, block_tokens=16, max_batch_tokens=512, max_batch_requests=8, max_context=4096)
+
+    def played(calls: int) -> dict[str, Outcome]:
+        scheduler, engine = Scheduler(caps, PERF), SimulatedEngine(caps, PERF, np.random.default_rng(3), 0.05)
+        outcomes = {each.id: Outcome(each) for each in requests}
+        for each in requests:
+            engine.add(each, each.max_new_tokens)
+            scheduler.add(each, 0.0)
+        now = 0.0
+        while calls and engine.slot_of:
+            calls -= 1
+            plan = scheduler.plan(now)
+            report = engine.step(plan, now)
+            scheduler.report(report)
+            now = report.finished_at
+            for name in plan.evicted:
+                outcomes[name].preemptions += 1
+            for advance in report.advances:
+                outcomes[advance.request_id].token_times += [now] * advance.new_tokens
+        run_out(scheduler, engine, outcomes, now, math.inf)
+        return outcomes
+
+    at_once, call_by_call = played(10), played(400)
+    assert all(len(at_once[each.id].token_times) == each.max_new_tokens for each in requests)
+    assert at_once == call_by_call
