@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -162,8 +162,9 @@ def control_output(output: Mapping[str, Any]) -> dict[str, Array]:
     return {"control_output": np.array([json.dumps(output).encode()], dtype=np.object_)}
 
 
-def ask_of(call: Call, facts: Mapping[str, Any], chars_per_token: float, per_token: float) -> Ask:
-    """What the ranking must know of a call; `facts` are those of any instance (its classes, in milliseconds)."""
+def ask_of(call: Call, facts: Mapping[str, Any], chars_per_token: float, per_token: Callable[[], float]) -> Ask:
+    """What the ranking must know of a call; `facts` are those of any instance (its classes, in milliseconds).
+    `per_token` tells the seconds of a prompt token, where the class's SLO depends on them."""
     values = call.values
     ids = values.get("input_ids")
     prompt = len(ids) if ids is not None else max(len(values["text_input"]) / chars_per_token, 1.0)
@@ -171,7 +172,7 @@ def ask_of(call: Call, facts: Mapping[str, Any], chars_per_token: float, per_tok
     chosen = classes.get(values.get("slo_class", facts.get("default_class")), {})
     ttft = values.get("slo_ttft_ms") or chosen.get("ttft_ms")
     if ttft is None and chosen.get("ttft_slowdown"):
-        ttft = max(chosen["ttft_slowdown"] * prompt * per_token * 1000, chosen["ttft_floor_ms"])
+        ttft = max(chosen["ttft_slowdown"] * prompt * per_token() * 1000, chosen["ttft_floor_ms"])
     thinking = values.get("thinking_tokens") and (values.get("slo_thinking_tpot_ms") or chosen.get("thinking_tpot_ms"))
     tpot = values.get("slo_tpot_ms") or chosen.get("tpot_ms")
     new_tokens = values.get("max_tokens", DEFAULT_MAX_TOKENS)

@@ -176,7 +176,7 @@ class Dispatcher:
     def _ask(self, call: Call) -> Ask:
         usable = self._instances.usable
         facts = usable[0].facts if usable else {}
-        ask = ask_of(call, facts, self._chars_per_token, self._instances.per_token)
+        ask = ask_of(call, facts, self._chars_per_token, lambda: self._instances.per_token)
         session = call.values.get("session_id")
         if session is None or not usable:
             return ask

@@ -30,6 +30,7 @@ from .responder import Reply
 from .roster import Roster
 from .sessions import Sessions, round_of
 from .tickets import Tickets
+from .turns import take_long_turns
 
 if TYPE_CHECKING:
     from .herald import Meter
@@ -179,6 +180,7 @@ class Worker:
             self._thread.join()
 
     def _run(self) -> None:
+        take_long_turns()  # what waits for this thread takes microseconds, what it computes milliseconds
         try:
             while self._take():
                 self._iterate()
