@@ -1,8 +1,9 @@
 """`slos-serve demo-router`: three instances and a router, bursts of mixed traffic, one instance killed and restarted.
 
-Locust plays (`locustfile`). After a while of traffic the busiest instance is killed with SIGKILL; its supervisor
-restarts it, the routers notice both, and the requests it had go on elsewhere. Prints attainment per class before,
-during and after, and exits with 1 when a request was lost, answered twice, failed or left hanging.
+Locust plays (`locustfile`). After a while of traffic the busiest instance is killed with SIGKILL, or frozen with
+SIGSTOP for half a minute, unless its supervisor has restarted it by then; the routers notice both, and the requests
+it had go on elsewhere. Prints attainment per class before, during and after, and exits with 1 when a request was
+lost, answered twice, failed or left hanging.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ LEAST_RATE: Final = 1.0  # arrivals per second, or nobody would be there to lose
 READY_SECONDS: Final = 600.0
 GRACE_SECONDS: Final = 90.0
 ENOUGH: Final = 3.0  # requests that an instance must have to be worth a kill
+FROZEN_SECONDS: Final = 30.0
 BUSY_SECONDS: Final = 20.0  # how long one that has them is waited for
 PHASES: Final = ("before", "during", "after")
 FAIR: Final = frozenset({"done", "refused", "cancelled"})
@@ -128,6 +130,17 @@ def kill(address: str) -> None:
     os.killpg(server_of(address), signal.SIGKILL)
 
 
+async def freeze(address: str) -> None:
+    """The same processes stand still for `FROZEN_SECONDS`, and go on where they are still there."""
+    group = server_of(address)
+    os.killpg(group, signal.SIGSTOP)
+    try:
+        await asyncio.sleep(FROZEN_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGCONT)
+
+
 def phase(record: dict[str, Any], gone_at: float, back_at: float) -> str:
     """Whether a request ran before, during or after the time in which an instance was away."""
     ended_at = record["at"] + (record["total_ms"] or 0.0) / 1000
@@ -177,18 +190,23 @@ async def _locust(addresses: Addresses, rate: float, folder: Path) -> asyncio.su
 
 
 async def demonstrate(args: argparse.Namespace, addresses: Addresses, folder: Path) -> int:
-    """Play, kill, wait until it is back, play on, report; the exit code."""
+    """Play, kill or freeze, wait until it is back, play on, report; the exit code."""
     async with SlosClient(addresses.router, "slos_router") as client:
         rng = np.random.default_rng(0)
         rate = args.rate or max(LEAST_RATE, (await measured_rate([("grpc", client, 1.0)], rng, LOAD))[0])
     print(f"{rate:.2f} arrivals/s in bursts of five times that, placed by the router, a fifth through HTTP", flush=True)
     locust = await _locust(addresses, rate, folder)
+    frozen: asyncio.Task[None] | None = None
     try:
         await asyncio.sleep(args.seconds)
         victim, requests = await busiest(addresses)
         gone_at = time.time()
-        kill(victim)
-        print(f"killed the instance at {victim} with its model process and {requests:.0f} requests", flush=True)
+        if args.freeze:
+            frozen = asyncio.create_task(freeze(victim))
+        else:
+            kill(victim)
+        done = "froze" if args.freeze else "killed"
+        print(f"{done} the instance at {victim} with its model process and {requests:.0f} requests", flush=True)
         while victim in await usable(addresses.router):
             await asyncio.sleep(0.05)
         print(f"the router stopped using it within {time.time() - gone_at:.2f} s", flush=True)
@@ -200,6 +218,8 @@ async def demonstrate(args: argparse.Namespace, addresses: Addresses, folder: Pa
         await asyncio.sleep(args.seconds)
         _check(locust, folder)
     finally:
+        if frozen is not None:
+            frozen.cancel()
         if locust.returncode is None:
             locust.send_signal(signal.SIGINT)
         code = await asyncio.wait_for(locust.wait(), GRACE_SECONDS + 60)
@@ -237,6 +257,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="traffic before and after (default: %(default)s)")
     parser.add_argument("--instances", type=int, default=3)
     parser.add_argument("--rate", type=float, help="arrivals per second (default: from a short measurement)")
+    freezes = f"stop the instance for {FROZEN_SECONDS:.0f} s instead of killing it"
+    parser.add_argument("--freeze", action="store_true", help=freezes)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every request's record")
     parser.add_argument("--model-repository", type=Path, default=Path("model_repository"), metavar="DIR")
 

@@ -64,12 +64,16 @@ def test_a_generator_writes_one_line_per_request(server: Server) -> None:
     assert all(record["ttft_ms"] > 0 and record["tokens"] > 0 for record in ended)
 
 
-def test_locust_counts_promises_and_judges_the_run(server: Server, tmp_path: Path) -> None:
-    """A real headless run: statistics by class, one record per request, and the exit code of a kept run."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_locust_counts_promises_and_judges_the_run(server: Server, tmp_path: Path, processes: int) -> None:
+    """A real headless run, alone or with workers: statistics by class and in Locust's own files, one record per
+    request, and the exit code of a kept run."""
     command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest/locustfile.py"), "--headless"]
-    command += ["-u", "1", "-t", "4s", "--stop-timeout", "30", "--addresses", server.grpc, "--rate", "5"]
-    command += ["--workload", "chatbot", "--scale", "0.02", "--max-lag-ms", "60000"]
+    command += ["-u", f"{processes}", "-r", "9", "-t", "10s", "--stop-timeout", "30", "--addresses", server.grpc]
+    command += ["--rate", "5", "--workload", "chatbot", "--scale", "0.02", "--max-lag-ms", "60000"]
     command += ["--records", str(tmp_path / "records.jsonl"), "--slo-json", str(tmp_path / "slo.json")]
+    command += ["--html", str(tmp_path / "report.html"), "--csv", str(tmp_path / "table")]
+    command += ["--processes", f"{processes}"] if processes > 1 else []
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     records = [json.loads(text) for text in (tmp_path / "records.jsonl").read_text().splitlines()]
     summary = json.loads((tmp_path / "slo.json").read_text())
@@ -79,6 +83,8 @@ def test_locust_counts_promises_and_judges_the_run(server: Server, tmp_path: Pat
     assert summary["classes"]["chatbot"]["attained"] == pytest.approx(sum(attained) / len(attained))
     assert summary["faults"] == 0
     assert done.returncode == 0, done.stderr
+    assert "SLO" in (tmp_path / "table_stats.csv").read_text()
+    assert "TTFT" in (tmp_path / "report.html").read_text()
 
 
 def test_a_generator_that_fell_behind_makes_the_run_invalid(server: Server, tmp_path: Path) -> None:
