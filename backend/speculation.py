@@ -156,6 +156,8 @@ def verify(logits: torch.Tensor, rows: Many[Row], guesses: Many[Guess]) -> list[
     """
     draws = next_tokens(logits, rows)
     tokens = draws.tokens
+    if len(rows) == len(guesses):  # nobody guessed
+        return [[token] for token in tokens.tolist()]
     decisions, drafts = _sampled_guesses(rows, guesses)
     if decisions and draws.chances is not None:
         at = torch.tensor(decisions, device=logits.device)
