@@ -92,17 +92,14 @@ class CpuBatch:
 def pack(spans: Sequence[Span], cache: CpuCache, heads_per_kv: int) -> CpuBatch:
     """The batch of `spans`, without padding."""
     size = cache.block_tokens
-    lengths = np.array([len(span.tokens) for span in spans], np.int64)
-    starts = np.array([span.start for span in spans], np.int64)
-    used = -(-(starts + lengths) // size)
-    blocks = chain.from_iterable(span.blocks[:count] for span, count in zip(spans, used.tolist(), strict=True))
-    table = np.zeros((len(spans), int(used.max())), np.int64)
-    table[np.arange(table.shape[1]) < used[:, None]] = np.fromiter(blocks, np.int64, int(used.sum()))
-    positions, slots, tiles = lay_out(lengths, starts, table, size, max(1, TILE // heads_per_kv))
+    lengths, starts = [len(span.tokens) for span in spans], [span.start for span in spans]
+    used = [-(-(start + length) // size) for start, length in zip(starts, lengths, strict=True)]
+    blocks = chain.from_iterable(span.blocks[:count] for span, count in zip(spans, used, strict=True))
+    flat = np.fromiter(blocks, np.int64, sum(used))
+    height = max(1, TILE // heads_per_kv)
+    positions, slots, few, others, table, pairs = lay_out(np.array([lengths, starts]), flat, size, height, _FEW)
     ids = np.concatenate([span.tokens for span in spans])
-    pairs = int((tiles[:, 3] * (tiles[:, 2] + tiles[:, 3])).sum())
-    is_few = tiles[:, 3] <= _FEW
-    return CpuBatch(cache, ids, positions, slots, (tiles[is_few], tiles[~is_few]), table, pairs)
+    return CpuBatch(cache, ids, positions, slots, (few, others), table, pairs)
 
 
 def attend_tensors(
