@@ -1,7 +1,8 @@
 """The forward pass on a CPU by kernels of our own: a paged cache, packed tokens, and the Llama family's layers.
 
-Eight kernel calls a layer. Activations are float32, weights and cache float32 or bfloat16. A token's result is
-the same bits in any batch and any chunking, since every kernel works row by row and sums in one order.
+One call for a batch, or nine a layer where threads share the work. Activations are float32, weights and cache
+float32 or bfloat16. A token's result is the same bits in any batch and any chunking, since every kernel works row by
+row and sums in one order.
 """
 
 from __future__ import annotations
@@ -12,18 +13,26 @@ from itertools import chain
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .attention import Ints, Span
-from .crew import run
+from .crew import is_alone, run
+from .decoder_kernel import decode, embed
 from .lanes import WIDTH
-from .packed import Floats, PackedLinear
+from .packed import Floats, PackedLinear, kind_of, numbers_of
 from .paged_kernel import TILE, attend, lay_out, place
 from .product_kernel import add_norm, gate
 
 _FEW: Final = 4  # rows of a tile whose scores of all heads stay in the cache
 _NOTHING = np.empty(0, np.float32)
 _NO_TURNS = np.empty((0, 2, 0), np.float32)
+_PRODUCTS: Final = (  # of a layer, in the order in which they are used
+    ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_proj", "up_proj")),
+    ("mlp", ("down_proj",)),
+)
 
 
 class CpuCache:
@@ -34,7 +43,7 @@ class CpuCache:
     ) -> None:
         self.kv_heads, self.head_dim, self.block_tokens = kv_heads, head_dim, block_tokens
         size = num_blocks * kv_heads * block_tokens
-        kind = np.int16 if dtype == torch.bfloat16 else np.float32
+        kind = kind_of(dtype)
         # not np.zeros: numpy asks for large pages only here, and they are needed to read at the memory's speed
         self.keys = np.empty((layers, size * head_dim), kind)
         self.values = np.empty((layers, size * -(-head_dim // WIDTH) * WIDTH), kind)
@@ -55,6 +64,11 @@ class CpuBatch:
     table: Ints  # [requests, blocks]
     pairs: int  # of queries and keys, about
 
+    @property
+    def heads_together(self) -> int:
+        """KV heads that a tile of a few rows takes together."""
+        return self.cache.kv_heads if len(self.tiles[0]) >= torch.get_num_threads() else 1
+
     def attend(
         self, layer: int, qkv: Floats, row_size: int, heads: int, scaling: float, out: Floats,
         turns: Any = _NO_TURNS, q_norm: Floats = _NOTHING, k_norm: Floats = _NOTHING, eps: float = 0.0,
@@ -69,8 +83,7 @@ class CpuBatch:
         )  # fmt: skip
         work = 2 * self.pairs * heads * cache.head_dim
         few, others = self.tiles
-        most = cache.kv_heads if len(few) >= torch.get_num_threads() else 1
-        for tiles, together in ((few, most), (others, 1)):
+        for tiles, together in ((few, self.heads_together), (others, 1)):
             units = len(tiles) * cache.kv_heads // together
             if units:
                 run(attend, units, work, qkv, row_size, tiles, self.table, *kv, out, *shape, together)
@@ -79,17 +92,14 @@ class CpuBatch:
 def pack(spans: Sequence[Span], cache: CpuCache, heads_per_kv: int) -> CpuBatch:
     """The batch of `spans`, without padding."""
     size = cache.block_tokens
-    lengths = np.array([len(span.tokens) for span in spans], np.int64)
-    starts = np.array([span.start for span in spans], np.int64)
-    used = -(-(starts + lengths) // size)
-    blocks = chain.from_iterable(span.blocks[:count] for span, count in zip(spans, used.tolist(), strict=True))
-    table = np.zeros((len(spans), int(used.max())), np.int64)
-    table[np.arange(table.shape[1]) < used[:, None]] = np.fromiter(blocks, np.int64, int(used.sum()))
-    positions, slots, tiles = lay_out(lengths, starts, table, size, max(1, TILE // heads_per_kv))
+    lengths, starts = [len(span.tokens) for span in spans], [span.start for span in spans]
+    used = [-(-(start + length) // size) for start, length in zip(starts, lengths, strict=True)]
+    blocks = chain.from_iterable(span.blocks[:count] for span, count in zip(spans, used, strict=True))
+    flat = np.fromiter(blocks, np.int64, sum(used))
+    height = max(1, TILE // heads_per_kv)
+    positions, slots, few, others, table, pairs = lay_out(np.array([lengths, starts]), flat, size, height, _FEW)
     ids = np.concatenate([span.tokens for span in spans])
-    pairs = int((tiles[:, 3] * (tiles[:, 2] + tiles[:, 3])).sum())
-    is_few = tiles[:, 3] <= _FEW
-    return CpuBatch(cache, ids, positions, slots, (tiles[is_few], tiles[~is_few]), table, pairs)
+    return CpuBatch(cache, ids, positions, slots, (few, others), table, pairs)
 
 
 def attend_tensors(
@@ -106,18 +116,6 @@ def attend_tensors(
     return torch.from_numpy(out).view(tokens, -1).to(query.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    before_attention: Floats  # weights of norms
-    qkv: PackedLinear
-    q_norm: Floats
-    k_norm: Floats
-    output: PackedLinear
-    before_mlp: Floats
-    gate_up: PackedLinear
-    down: PackedLinear
-
-
 def fits(model: Any) -> bool:
     """Whether a model of the Llama family has sizes that `CpuDecoder` computes."""
     return model.config.hidden_size % WIDTH == model.config.intermediate_size % WIDTH == 0  # type: ignore[no-any-return]
@@ -128,40 +126,66 @@ class CpuDecoder:
 
     def __init__(self, model: Any, heads: int, kv_heads: int, head_dim: int, positions: int) -> None:
         decoder = model.base_model
-        self._embedding = decoder.embed_tokens.weight
+        embedding = decoder.embed_tokens.weight.detach()
+        if embedding.dtype == torch.bfloat16:
+            embedding = embedding.view(torch.int16)
+        self._embedding = embedding.numpy().reshape(-1)
         self._norm = _floats(decoder.norm)
         self._eps = float(model.config.rms_norm_eps)
-        self._heads, self._head_dim = heads, head_dim
+        self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
         self._turns = _turns(decoder.rotary_emb, positions, head_dim)
-        self._layers = [_layer(layer) for layer in decoder.layers]
+        if not hasattr(decoder, "slos_layers"):  # a draft model may be the model itself
+            decoder.slos_layers = _layers(decoder.layers)
+        self._layers: _Layers = decoder.slos_layers
         self._scratch: dict[str, Floats] = {}
 
     def __call__(self, batch: CpuBatch) -> Floats:
         """Hidden states [tokens, hidden] after the last norm, flat; valid until the next call."""
+        qkv, output, gate_up, down = self._layers.products[0]
         tokens = len(batch.input_ids)
-        hidden = self._embedding.shape[1]
-        x = self._embedding[torch.from_numpy(batch.input_ids)].float().numpy().reshape(-1)
-        delta, normed = self._room("delta", tokens * hidden), self._room("normed", tokens * hidden)
-        delta[: tokens * hidden] = 0
-        for index, layer in enumerate(self._layers):
-            self._add_norm(tokens, x, delta, layer.before_attention, normed)
-            qkv = self._room("qkv", tokens * layer.qkv.columns + WIDTH)
-            layer.qkv.multiply(normed, tokens, qkv)
-            out = self._room("attention", tokens * layer.output.inputs)
+        names = ("x", "delta", "normed", "qkv", "attended", "gate up", "opened")
+        widths = (down.columns, down.columns, down.columns, qkv.columns, output.inputs, gate_up.columns, down.inputs)
+        rooms = [self._room(name, tokens * width + WIDTH) for name, width in zip(names, widths, strict=True)]
+        widest = max(tokens * gate_up.inputs * gate_up.columns, 2 * batch.pairs * output.inputs)
+        (self._at_once if is_alone(widest) else self._by_layers)(batch, *rooms)
+        return rooms[2][: tokens * down.columns]
+
+    def _at_once(
+        self, batch: CpuBatch, x: Floats, delta: Floats, normed: Floats, qkv: Floats, attended: Floats,
+        gate_up: Floats, opened: Floats,
+    ) -> None:  # fmt: skip
+        layers, cache = self._layers, batch.cache
+        columns, size = layers.products[0][0].columns, layers.products[0][3].inputs
+        decode(
+            batch.input_ids, batch.positions, batch.slots, *batch.tiles, batch.table, batch.heads_together,
+            self._embedding, layers.weights, layers.biases, layers.biased, layers.attention_norms, layers.mlp_norms,
+            self._norm, layers.q_norms, layers.k_norms, self._turns, cache.keys, cache.values,
+            x, delta, normed, qkv, attended, gate_up, opened,
+            self._heads, self._kv_heads, self._head_dim, cache.block_tokens, columns, size,
+            self._eps, self._head_dim**-0.5,
+        )  # fmt: skip
+
+    def _by_layers(
+        self, batch: CpuBatch, x: Floats, delta: Floats, normed: Floats, qkv: Floats, attended: Floats,
+        gate_up: Floats, opened: Floats,
+    ) -> None:  # fmt: skip
+        """What `decode` does, each step of a layer on as many threads as it is worth."""
+        layers, tokens, hidden = self._layers, len(batch.input_ids), len(self._norm)
+        run(embed, tokens, tokens * hidden, batch.input_ids, self._embedding, hidden, x, delta)
+        for index, (to_qkv, output, to_gate_up, down) in enumerate(layers.products):
+            self._add_norm(tokens, x, delta, layers.attention_norms[index], normed)
+            to_qkv.multiply(normed, tokens, qkv)
             batch.attend(
-                index, qkv, layer.qkv.columns, self._heads, self._head_dim**-0.5, out, self._turns,
-                layer.q_norm, layer.k_norm, self._eps,
+                index, qkv, to_qkv.columns, self._heads, self._head_dim**-0.5, attended, self._turns,
+                layers.q_norms[index], layers.k_norms[index], self._eps,
             )  # fmt: skip
-            layer.output.multiply(out, tokens, delta)
-            self._add_norm(tokens, x, delta, layer.before_mlp, normed)
-            gate_up = self._room("gate up", tokens * layer.gate_up.columns)
-            layer.gate_up.multiply(normed, tokens, gate_up)
-            size = layer.down.inputs
-            opened = self._room("opened", tokens * size)
-            run(gate, tokens, 8 * tokens * size, gate_up, size, layer.gate_up.columns, opened)
-            layer.down.multiply(opened, tokens, delta)
+            output.multiply(attended, tokens, delta)
+            self._add_norm(tokens, x, delta, layers.mlp_norms[index], normed)
+            to_gate_up.multiply(normed, tokens, gate_up)
+            size = down.inputs
+            run(gate, tokens, 8 * tokens * size, gate_up, size, to_gate_up.columns, opened)
+            down.multiply(opened, tokens, delta)
         self._add_norm(tokens, x, delta, self._norm, normed)
-        return normed[: tokens * hidden]
 
     def _add_norm(self, tokens: int, x: Floats, delta: Floats, weight: Floats, out: Floats) -> None:
         run(add_norm, tokens, 4 * tokens * len(weight), x, delta, weight, self._eps, out)
@@ -172,6 +196,20 @@ class CpuDecoder:
         if len(room) < size:
             room = self._scratch[name] = np.zeros(size, np.float32)
         return room
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """Weights of all layers as `decoder_kernel` reads them, and `products`, which are parts of the same memory."""
+
+    products: Sequence[Sequence[PackedLinear]]  # query, key and value; output; gate and up; down
+    weights: npt.NDArray[Any]
+    biases: Floats
+    biased: npt.NDArray[np.bool_]
+    attention_norms: Floats  # [layers, hidden]
+    mlp_norms: Floats
+    q_norms: Floats  # [layers, head dim], or of no width
+    k_norms: Floats
 
 
 def _floats(norm: Any) -> Floats:
@@ -186,26 +224,35 @@ def _turns(rotary: Any, positions: int, head_dim: int) -> Floats:
     return torch.stack((cos[0, :, :half], sin[0, :, :half]), dim=1).contiguous().numpy()
 
 
-def _layer(layer: Any) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    return _Layer(
-        before_attention=_floats(layer.input_layernorm),
-        qkv=_fused(attention, "q_proj", "k_proj", "v_proj"),
-        q_norm=_floats(getattr(attention, "q_norm", None)),
-        k_norm=_floats(getattr(attention, "k_norm", None)),
-        output=_fused(attention, "o_proj"),
-        before_mlp=_floats(layer.post_attention_layernorm),
-        gate_up=_fused(mlp, "gate_proj", "up_proj"),
-        down=_fused(mlp, "down_proj"),
-    )
+def _layers(layers: Sequence[Any]) -> _Layers:
+    """Fuses the linear layers that read the same input, and lays all out in one piece, layer after layer."""
+    places = [(getattr(layer, name), names) for layer in layers for name, names in _PRODUCTS]
+    sizes = [numbers_of([getattr(module, name) for name in names]) for module, names in places]
+    weights = np.empty(sum(sizes), kind_of(layers[0].mlp.down_proj.weight.dtype))
+    ends = np.cumsum(sizes).tolist()
+    fused = [
+        _fused(module, names, weights[end - size : end])
+        for (module, names), size, end in zip(places, sizes, ends, strict=True)
+    ]
+    count = len(_PRODUCTS)
+    products = [fused[at : at + count] for at in range(0, len(fused), count)]
+    biased = np.array([product.bias is not None for product in products[0]])
+    biases = [
+        [np.zeros(each.columns, np.float32) if each.bias is None else each.bias for each in row] for row in products
+    ]
+    attentions = [layer.self_attn for layer in layers]
+    return _Layers(
+        products, weights, np.array([np.concatenate(row) for row in biases]), biased,
+        np.array([_floats(layer.input_layernorm) for layer in layers]),
+        np.array([_floats(layer.post_attention_layernorm) for layer in layers]),
+        np.array([_floats(getattr(attention, "q_norm", None)) for attention in attentions]),
+        np.array([_floats(getattr(attention, "k_norm", None)) for attention in attentions]),
+    )  # fmt: skip
 
 
-def _fused(module: Any, *names: str) -> PackedLinear:
+def _fused(module: Any, names: Sequence[str], room: npt.NDArray[Any]) -> PackedLinear:
     """Some linear layers of a module as one, which takes the place of the first: their memory is given back."""
-    first = getattr(module, names[0])
-    if isinstance(first, PackedLinear):  # a draft model may be the model itself
-        return first
-    packed = PackedLinear(*(getattr(module, name) for name in names))
+    packed = PackedLinear(*(getattr(module, name) for name in names), room=room)
     setattr(module, names[0], packed)
     for name in names[1:]:
         delattr(module, name)

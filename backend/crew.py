@@ -28,6 +28,11 @@ def run(kernel: Callable[..., None], units: int, operations: int, *args: Any) ->
         other.result()
 
 
+def is_alone(operations: int) -> bool:
+    """Whether `run` takes one thread for so many operations."""
+    return operations < _ENOUGH or torch.get_num_threads() == 1
+
+
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="kernel")

@@ -50,10 +50,9 @@ class KvPool:
     def chain(self, token_ids: npt.NDArray[np.int64], parent: bytes = _ROOT) -> list[bytes]:
         """The key of each full block of `token_ids`, which follow the block whose key is `parent`."""
         keys = []
-        for end in range(self.block_tokens, len(token_ids) + 1, self.block_tokens):
-            parent = hashlib.blake2b(
-                parent + token_ids[end - self.block_tokens : end].tobytes(), digest_size=16
-            ).digest()
+        data, size = token_ids.tobytes(), self.block_tokens * token_ids.itemsize
+        for at in range(0, len(data) - size + 1, size):
+            parent = hashlib.blake2b(parent + data[at : at + size], digest_size=16).digest()
             keys.append(parent)
         return keys
 

@@ -1,7 +1,8 @@
 """Everything the model exports on /metrics: one table of families, and the numbers added up between updates.
 
-One update costs a round trip of some 20 us into the server, so the engine thread only adds numbers here
-and one thread publishes them a few times a second. Probes (request ids that start with `probe-`) leave
+One update costs a round trip of some 20 us into the server, and adding up a step or a request costs the engine
+thread more than it has: it only leaves here what happened, and one thread adds that up and publishes it a few
+times a second. Probes (request ids that start with `probe-`) leave
 no trace in the numbers by class.
 """
 
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
 from slos_serve.scheduler.core import Plan, Snapshot, StepReport
@@ -99,6 +101,7 @@ class Metrics:
         """`exporter` is called on the publishing thread with what was added since its last call."""
         self._exporter = exporter
         self._numbers = Numbers()
+        self._told: list[Callable[[Numbers], None]] = []  # what the publishing thread has to add up
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
@@ -129,35 +132,12 @@ class Metrics:
     def stepped(self, plan: Plan, report: StepReport, planning: float, drafted: int) -> None:
         """One engine step: what was planned in `planning` seconds, with `drafted` guesses made, and what came of it."""
         with self._lock:
-            numbers = self._numbers
-            numbers.add("slos_serve_iterations_total", 1)
-            numbers.add("slos_serve_iteration_seconds_total", report.finished_at - report.started_at)
-            numbers.add("slos_serve_iteration_predicted_seconds_total", plan.predicted)
-            numbers.add("slos_serve_planning_seconds_total", planning)
-            numbers.add("slos_serve_batch_tokens_total", sum(chunk.length for chunk in plan.chunks))
-            numbers.add("slos_serve_batch_requests_total", len(plan.chunks))
-            numbers.add("slos_serve_drafted_tokens_total", drafted)
-            numbers.add("slos_serve_accepted_tokens_total", sum(advance.accepted for advance in report.advances))
-            numbers.add("slos_serve_preemptions_total", len(plan.evicted))
+            self._told.append(partial(_add_step, plan, report, planning, drafted))
 
     def ended(self, ledger: Ledger, outcome: str) -> None:
         """One request is over: finished, cancelled, refused, failed or unavailable."""
-        request = ledger.request
-        if request.id.startswith(PROBE_PREFIX):
-            return
-        name = request.slo_class
         with self._lock:
-            numbers = self._numbers
-            numbers.add("slos_serve_requests_total", 1, slo_class=name, outcome=outcome)
-            numbers.add("slos_serve_prompt_tokens_total", request.prompt_tokens, slo_class=name)
-            numbers.add("slos_serve_cached_tokens_total", ledger.cached_tokens, slo_class=name)
-            numbers.add("slos_serve_generated_tokens_total", len(ledger.token_times), slo_class=name)
-            numbers.observe("slos_serve_ttft_seconds", ledger.ttft, slo_class=name)
-            numbers.observe("slos_serve_tpot_seconds", ledger.tpot, slo_class=name)
-            numbers.observe("slos_serve_gap_seconds", ledger.worst_gap, slo_class=name)
-            if outcome == "finished" and not request.is_best_effort:
-                kept = {"admitted": _word(ledger.admitted), "attained": _word(ledger.attained)}
-                numbers.add("slos_serve_slo_total", 1, slo_class=name, **kept)
+            self._told.append(partial(_add_request, ledger, outcome))
 
     def counted(self, kind: str, detail: str) -> None:
         """Something happened to the planner inside TensorRT-LLM; details of faults are left to the log."""
@@ -182,10 +162,42 @@ class Metrics:
             stopping = self._stop.wait(PUBLISH_SECONDS)
             with self._lock:
                 numbers, self._numbers = self._numbers, Numbers()
+                told, self._told = self._told, []
             try:
+                for add in told:
+                    add(numbers)
                 self._exporter(numbers)
             except Exception:
                 log.exception("metrics were not updated")
+
+
+def _add_step(plan: Plan, report: StepReport, planning: float, drafted: int, numbers: Numbers) -> None:
+    numbers.add("slos_serve_iterations_total", 1)
+    numbers.add("slos_serve_iteration_seconds_total", report.finished_at - report.started_at)
+    numbers.add("slos_serve_iteration_predicted_seconds_total", plan.predicted)
+    numbers.add("slos_serve_planning_seconds_total", planning)
+    numbers.add("slos_serve_batch_tokens_total", sum(chunk.length for chunk in plan.chunks))
+    numbers.add("slos_serve_batch_requests_total", len(plan.chunks))
+    numbers.add("slos_serve_drafted_tokens_total", drafted)
+    numbers.add("slos_serve_accepted_tokens_total", sum(advance.accepted for advance in report.advances))
+    numbers.add("slos_serve_preemptions_total", len(plan.evicted))
+
+
+def _add_request(ledger: Ledger, outcome: str, numbers: Numbers) -> None:
+    request = ledger.request
+    if request.id.startswith(PROBE_PREFIX):
+        return
+    name = request.slo_class
+    numbers.add("slos_serve_requests_total", 1, slo_class=name, outcome=outcome)
+    numbers.add("slos_serve_prompt_tokens_total", request.prompt_tokens, slo_class=name)
+    numbers.add("slos_serve_cached_tokens_total", ledger.cached_tokens, slo_class=name)
+    numbers.add("slos_serve_generated_tokens_total", len(ledger.token_times), slo_class=name)
+    numbers.observe("slos_serve_ttft_seconds", ledger.ttft, slo_class=name)
+    numbers.observe("slos_serve_tpot_seconds", ledger.tpot, slo_class=name)
+    numbers.observe("slos_serve_gap_seconds", ledger.worst_gap, slo_class=name)
+    if outcome == "finished" and not request.is_best_effort:
+        kept = {"admitted": _word(ledger.admitted), "attained": _word(ledger.attained)}
+        numbers.add("slos_serve_slo_total", 1, slo_class=name, **kept)
 
 
 def _word(value: bool) -> str:

@@ -37,27 +37,42 @@ _LONG: Final = 1 << 15  # bytes of a block that memory delivers on its own, fast
 
 
 @compiled
-def lay_out(lengths: Any, starts: Any, table: Any, block_tokens: int, height: int) -> Any:
-    """Positions and slots [tokens] of requests' tokens, and their tiles [tiles, 4] of at most `height` rows.
+def lay_out(spans: Any, blocks: Any, block_tokens: int, height: int, few: int) -> Any:
+    """Positions and slots [tokens] of requests' tokens, their tiles of at most `height` rows, the table of their blocks
+    [requests, blocks], and about how many pairs of query and key there are.
 
-    `lengths` and `starts` [requests], `table` [requests, blocks].
+    `spans` [2, requests]: lengths and starts; `blocks`: those in use, request after request. The tiles [tiles, 4]
+    of at most `few` rows come apart from the others.
     """
-    tokens, count = 0, 0
-    for length in lengths:
-        tokens, count = tokens + length, count + -(-length // height)
-    positions, slots, tiles = np.empty(tokens, np.int64), np.empty(tokens, np.int64), np.empty((count, 4), np.int64)
-    token, tile = 0, 0
+    lengths, starts = spans[0], spans[1]
+    tokens, counts, most = 0, np.zeros(2, np.int64), 0
+    for request in range(len(lengths)):
+        length, last = lengths[request], lengths[request] % height
+        tokens, most = tokens + length, max(most, -(-(starts[request] + length) // block_tokens))
+        counts[int(height > few)] += length // height
+        counts[int(last > few)] += int(last > 0)
+    positions, slots = np.empty(tokens, np.int64), np.empty(tokens, np.int64)
+    table = np.zeros((len(lengths), most), np.int64)
+    small, large = np.empty((counts[0], 4), np.int64), np.empty((counts[1], 4), np.int64)
+    counts[:] = 0
+    token, block, pairs = 0, 0, 0
     for request in range(len(lengths)):
         start, end = starts[request], starts[request] + lengths[request]
+        for index in range(-(-end // block_tokens)):
+            table[request, index] = blocks[block]
+            block += 1
         for position in range(start, end):
             if (position - start) % height == 0:
-                tiles[tile, 0], tiles[tile, 1], tiles[tile, 2] = token, request, position
-                tiles[tile, 3] = min(height, end - position)
-                tile += 1
+                rows = min(height, end - position)
+                kind = int(rows > few)
+                tile = small[counts[kind]] if kind == 0 else large[counts[kind]]
+                tile[0], tile[1], tile[2], tile[3] = token, request, position, rows
+                counts[kind] += 1
+                pairs += rows * (position + rows)
             positions[token] = position
             slots[token] = table[request, position // block_tokens] * block_tokens + position % block_tokens
             token += 1
-    return positions, slots, tiles
+    return positions, slots, small, large, table, pairs
 
 
 @compiled

@@ -16,12 +16,16 @@ import numpy as np
 from .lanes import WIDTH, add, compiled, div, exponential, fma, load, mul, prefetch, splat, spread, store, sub, total
 
 _PANEL: Final = 256  # inputs of a strip that stay in the nearest cache: 16 KiB
+_AHEAD: Final = 256  # numbers of a strip that one or two rows ask for in advance
 _ROWS: Final = 1 << 16  # numbers of `x` that stay in the second: 256 KiB
 
 
 @compiled
 def multiply(x: Any, strips: Any, out: Any, rows: int, inputs: int, columns: int, start: int, end: int) -> None:
     """out[rows, columns] = x[rows, inputs] times weights, all flat, for the strips from `start` to `end`."""
+    if 0 < rows <= 2:
+        _multiply_few(x, strips, out, rows, inputs, columns, start, end)
+        return
     height = max(4, _ROWS // inputs // 4 * 4)
     for top in range(0, rows, height):
         bottom = min(top + height, rows)
@@ -51,6 +55,29 @@ def multiply(x: Any, strips: Any, out: Any, rows: int, inputs: int, columns: int
                     store(out, to_1, b)
                     store(out, to_2, c)
                     store(out, to_3, d)
+
+
+@compiled
+def _multiply_few(x: Any, strips: Any, out: Any, rows: int, inputs: int, columns: int, start: int, end: int) -> None:
+    """The same for one or two rows, for which memory is too slow: two strips are read side by side."""
+    from_1, to_1 = (rows - 1) * inputs, (rows - 1) * columns  # one row is computed and stored twice
+    for strip in range(start, end, 2):
+        other = min(strip + 1, end - 1)
+        at, more = strip * inputs * WIDTH, other * inputs * WIDTH
+        a = b = c = d = splat(np.float32(0))
+        for index in range(inputs):
+            prefetch(strips, at + _AHEAD)
+            prefetch(strips, more + _AHEAD)
+            weight, weight_more = load(strips, at), load(strips, more)
+            one, two = spread(x, index), spread(x, from_1 + index)
+            a, b = fma(one, weight, a), fma(two, weight, b)
+            c, d = fma(one, weight_more, c), fma(two, weight_more, d)
+            at += WIDTH
+            more += WIDTH
+        store(out, strip * WIDTH, a)
+        store(out, to_1 + strip * WIDTH, b)
+        store(out, other * WIDTH, c)
+        store(out, to_1 + other * WIDTH, d)
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""What one request was promised and what it got: built by the engine thread from counts and times.
+"""What one request was promised and what it got: kept by the engine thread as counts and times.
 
 Token times are when the engine finished them; sending them is not included. Whether a promise was kept
 is decided by `scheduler.attainment` alone.
@@ -17,7 +17,10 @@ from slos_serve.scheduler.core import Advance, Decision, Request, Stage
 
 @dataclass(slots=True)
 class Ledger:
-    """The history of one request in flight; mutable because every iteration adds to it."""
+    """The history of one request in flight; mutable because every iteration adds to it.
+
+    Once the request has ended nothing changes any more: other threads read it then.
+    """
 
     request: Request
     admitted: bool = False
@@ -31,6 +34,7 @@ class Ledger:
     token_times: list[float] = field(default_factory=list)
     stage_tokens: list[int] = field(default_factory=lambda: [0])
     resumed_tokens: int = 0  # delivered by another instance: the first of `token_times`
+    predicted_ttft: float | None = None  # seconds, of one that was declined
 
     def decide(self, decision: Decision) -> None:
         self.admitted, self.reason, self.is_decided = decision.admitted, decision.reason, True
@@ -71,6 +75,7 @@ class Ledger:
     def receipt(self) -> dict[str, Any]:
         """The receipt as JSON values: times in milliseconds from arrival, null where there is none."""
         waited = None if self.first_run_at is None else self.first_run_at - self.request.arrived_at
+        predicted = self.predicted_ttft
         return {
             "slo_class": self.request.slo_class,
             "admitted": self.admitted,
@@ -88,6 +93,7 @@ class Ledger:
             "drafted": self.drafted,
             "accepted": self.accepted,
             "stages": list(self._stages()),
+            **({} if predicted is None else {"predicted_ttft_ms": _ms(min(predicted, 1e6))}),
         }
 
     def _stages(self) -> Iterator[dict[str, Any]]:

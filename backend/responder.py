@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import numpy as np
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .translate import Submission
 
 log = logging.getLogger(__name__)
+
+Receipt: TypeAlias = Callable[[], Mapping[str, Any]]
 
 POLL_SECONDS: Final = 0.1
 TOGETHER_SECONDS: Final = 0.02
@@ -56,7 +58,7 @@ class Reply:
     text: list[str] = field(default_factory=list)
     token_index: int = 0
     finish_reason: str | None = None
-    receipt: Mapping[str, Any] | None = None
+    receipt: Receipt | None = None
     is_abandoned: bool = False
     is_offer: bool = False  # answered with a ticket, with which somebody will claim the stream
     hold_until: float = 0.0  # monotonic seconds until which tokens wait for others
@@ -105,7 +107,8 @@ class Reply:
             tensors["output_ids"] = np.array(self.ids, dtype=np.int32)
         if self.finish_reason is not None:
             tensors["finish_reason"] = np.array([self.finish_reason.encode()], dtype=np.object_)
-            tensors["receipt"] = np.array([json.dumps(self.receipt).encode()], dtype=np.object_)
+            receipt = self.receipt() if self.receipt is not None else None
+            tensors["receipt"] = np.array([json.dumps(receipt).encode()], dtype=np.object_)
         return tensors
 
 
@@ -123,7 +126,7 @@ class Tokens:
     reply: Reply
     ids: Sequence[int]
     finish_reason: str | None = None
-    receipt: Mapping[str, Any] | None = None
+    receipt: Receipt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +306,8 @@ class Responder:
     def tokens(self, reply: Reply, ids: Sequence[int]) -> None:
         self._put(Tokens(reply, ids))
 
-    def finish(self, reply: Reply, ids: Sequence[int], reason: str, receipt: Mapping[str, Any]) -> None:
+    def finish(self, reply: Reply, ids: Sequence[int], reason: str, receipt: Receipt) -> None:
+        """`receipt` is called by the sender: what it reads must no longer change."""
         self._put(Tokens(reply, ids, reason, receipt))
 
     def fail(self, reply: Reply, refusal: Refusal) -> None:

@@ -8,6 +8,7 @@ one maximum. Never keeps state between calls.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -48,6 +49,10 @@ class Row:
         return bool(self.end_ids) and self.position < self.params.min_tokens
 
 
+PLAIN: Final = Row(SamplingParams(), 0, np.empty(0, dtype=np.int64), 0)
+"""The row of any token that is just the one with the largest logit."""
+
+
 def uniform(seed: int, position: int, purpose: int = 0) -> float:
     """A number in [0, 1) that looks random and depends on the arguments alone (splitmix64; seeds modulo 2**64)."""
     state = seed & _MASK64
@@ -74,27 +79,38 @@ class Draws:
 def next_tokens(logits: torch.Tensor, rows: Sequence[Row], purpose: int = 0) -> Draws:
     """Choose a token for each row of `logits` [rows, vocabulary]; `purpose` picks the stream of random numbers."""
     logits = penalised(logits, rows)
-    best, tokens = _largest(logits)
-    # max gives nan for a row with any nan, and an infinity for one that no softmax survives
-    is_number = torch.isfinite(best)
+    tokens = _largest(logits)
     sampled = tuple(index for index, row in enumerate(rows) if not row.params.is_greedy)
     if not sampled:
-        return Draws(torch.where(is_number, tokens, FAILED))
+        return Draws(tokens)
     where = torch.tensor(sampled, device=logits.device)
     chosen = [rows[index] for index in sampled]
     chances = probabilities(logits[where], chosen)
-    tokens[where] = draw(chances, [uniform(row.seed, row.position, purpose) for row in chosen])
-    return Draws(torch.where(is_number, tokens, FAILED), sampled, chances)
+    drawn = draw(chances, [uniform(row.seed, row.position, purpose) for row in chosen])
+    tokens[where] = torch.where(tokens[where] == FAILED, FAILED, drawn)
+    return Draws(tokens, sampled, chances)
 
 
-def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's largest value, nan where one is, and where it is first."""
+def largest(logits: torch.Tensor) -> list[int]:
+    """What `next_tokens` chooses for rows that are all `PLAIN`, at the least cost."""
+    if logits.device.type != "cpu":
+        return _largest(logits.float()).tolist()  # type: ignore[no-any-return]
+    numbers = logits.float().numpy()
+    tokens = enumerate(numbers.argmax(axis=-1).tolist())
+    return [token if math.isfinite(numbers.item(row, token)) else FAILED for row, token in tokens]
+
+
+def _largest(logits: torch.Tensor) -> torch.Tensor:
+    """Where each row's largest value is first, FAILED where that is no number.
+
+    It is nan for a row with any nan, and an infinity for one that no softmax survives.
+    """
     if logits.device.type == "cpu":  # numpy finds the index ten times as fast, and a nan as the largest
         numbers = logits.numpy()
         at = numbers.argmax(axis=-1)
-        return torch.from_numpy(numbers[np.arange(len(at)), at]), torch.from_numpy(at)
+        return torch.from_numpy(np.where(np.isfinite(numbers[np.arange(len(at)), at]), at, FAILED))
     best, tokens = logits.max(dim=-1)
-    return best, tokens
+    return torch.where(torch.isfinite(best), tokens, FAILED)
 
 
 def penalised(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:

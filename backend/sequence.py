@@ -12,7 +12,7 @@ import numpy as np
 
 from .attention import Ints
 from .generation import SamplingParams
-from .sampling import FAILED, Row
+from .sampling import FAILED, PLAIN, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,12 @@ class Sequence:
     remembered: int = 0  # leading blocks that were offered to the prefix cache
     stage: int = 0
     stage_tokens: int = 0
+    is_plain: bool = field(init=False)  # every token is the one with the largest logit
 
     def __post_init__(self) -> None:
         self.known = self.prompt_tokens
+        sampling = self.sampling
+        self.is_plain = sampling.is_greedy and not sampling.changes_logits and not sampling.min_tokens
 
     @property
     def is_last_stage(self) -> bool:
@@ -64,6 +67,8 @@ class Sequence:
 
     def row(self, guesses: int = 0) -> Row:
         """What the token after the known ones and `guesses` more (already in `tokens`) depends on."""
+        if self.is_plain:
+            return PLAIN
         asked = self.prompt_tokens - self.resumed
         return Row(self.sampling, self.seed, self.tokens[: self.known + guesses], asked, self.end_ids)
 
@@ -114,7 +119,7 @@ class Sequence:
 
 def as_ids(request_id: str, token_ids: Iterable[int], vocab_size: int) -> Ints:
     """Token ids as an array. Raises ValueError for none, for what is no integer, and for ids out of range."""
-    ids = np.asarray(token_ids if isinstance(token_ids, np.ndarray) else list(token_ids))
+    ids = np.asarray(token_ids if isinstance(token_ids, np.ndarray | tuple | list) else list(token_ids))
     if ids.ndim != 1 or not len(ids):
         raise ValueError(f"request {request_id}: the prompt must be a list of at least one token id")
     if not np.issubdtype(ids.dtype, np.integer):

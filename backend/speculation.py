@@ -16,7 +16,7 @@ import torch
 
 from .attention import Ints, Span
 from .hf_model import PagedModel
-from .sampling import FAILED, Row, draw, next_tokens, uniform
+from .sampling import FAILED, PLAIN, Row, draw, largest, next_tokens, uniform
 from .sequence import Sequence
 
 _ACCEPT, _REDRAW, _PROPOSE = 1, 2, 3  # purposes of random numbers; 0 is drawing without guesses
@@ -154,6 +154,15 @@ def verify(logits: torch.Tensor, rows: Many[Row], guesses: Many[Guess]) -> list[
     `logits` [rows, vocabulary] and `rows` hold, request after request, one row for each guess and one for
     the token after all of them. The last token may be FAILED.
     """
+    tokens = largest(logits) if all(row is PLAIN for row in rows) else _chosen(logits, rows, guesses)
+    if len(rows) == len(guesses):  # nobody guessed
+        return [[token] for token in tokens]
+    said = iter(tokens)
+    return [_gained([next(said) for _ in range(len(guess.tokens) + 1)], guess) for guess in guesses]
+
+
+def _chosen(logits: torch.Tensor, rows: Many[Row], guesses: Many[Guess]) -> list[int]:
+    """The token of each row; where it decides on a guess that is the guess, if it is accepted."""
     draws = next_tokens(logits, rows)
     tokens = draws.tokens
     decisions, drafts = _sampled_guesses(rows, guesses)
@@ -163,8 +172,7 @@ def verify(logits: torch.Tensor, rows: Many[Row], guesses: Many[Guess]) -> list[
         target = draws.chances[[drawn_at[index] for index in decisions]]
         decided = _accept_or_redraw(target, [rows[index] for index in decisions], drafts)
         tokens[at] = torch.where(tokens[at] == FAILED, FAILED, decided)
-    said = iter(tokens.tolist())
-    return [_gained([next(said) for _ in range(len(guess.tokens) + 1)], guess) for guess in guesses]
+    return tokens.tolist()  # type: ignore[no-any-return]
 
 
 def _gained(said: list[int], guess: Guess) -> list[int]:

@@ -42,6 +42,10 @@ class _Work:
     guess: Guess = NO_GUESS
 
     @property
+    def end(self) -> int:
+        return self.start + self.length + self.draft
+
+    @property
     def samples(self) -> bool:
         return self.start + self.length == self.sequence.known
 
@@ -122,11 +126,9 @@ class TorchEngine:
         fault of the planner. `now` is not used; the times reported are of the engine's clock.
         """
         started_at = self._clock()
-        chunks = tuple(plan.chunks)
-        self._check(chunks, plan.evicted)
+        works = self._works(tuple(plan.chunks), plan.evicted)
         for request_id in plan.evicted:
             self._drop(self._sequences[request_id])
-        works = [self._work(chunk) for chunk in chunks]
         self._allocate(works)
         self.outputs = []
         advances: tuple[Advance, ...] = ()
@@ -170,42 +172,46 @@ class TorchEngine:
         """Most tokens of a request: the context, or the cache where it is smaller. The last needs no KV."""
         return min(self._capabilities.max_context, self._pool.num_blocks * self._pool.block_tokens + 1)
 
-    def _check(self, chunks: Many[Chunk], evicted: Many[str]) -> None:
-        """Raise RuntimeError when the plan contradicts what the engine knows."""
+    def _works(self, chunks: Many[Chunk], evicted: Many[str]) -> list[_Work]:
+        """What there is to run. Raises RuntimeError when the plan contradicts what the engine knows."""
         limits = self._capabilities
-        for request_id in (*evicted, *(chunk.request_id for chunk in chunks)):
+        names = [chunk.request_id for chunk in chunks]
+        for request_id in (*evicted, *names):
             if request_id not in self._sequences:
                 raise _refused(f"request {request_id} is not known")
-        if len({chunk.request_id for chunk in chunks}) < len(chunks):
+        if len(set(names)) < len(names):
             raise _refused(f"a request has two chunks: {chunks}")
-        tokens = sum(chunk.length for chunk in chunks)
+        tokens = sum([chunk.length for chunk in chunks])
         if len(chunks) > limits.max_batch_requests or tokens > limits.max_batch_tokens:
             raise _refused(f"{tokens} tokens of {len(chunks)} requests in a batch of {limits}")
-        needed = 0
         gone = set(evicted)
+        works, needed = [], 0
         for chunk in chunks:
             sequence = self._sequences[chunk.request_id]
             is_gone = chunk.request_id in gone
             fault = _fault(chunk, 0 if is_gone else sequence.computed, sequence.known, limits.max_draft)
             if fault:
                 raise _refused(f"{chunk}: {sequence.computed} of {sequence.known} tokens are computed; {fault}")
-            needed += self._pool.blocks_for(chunk.start + chunk.length - _useless(chunk, sequence))
-            needed -= 0 if is_gone else len(sequence.blocks)
-        free = self._pool.free_blocks + self._pool.freed_by(self._sequences[name].blocks for name in gone)
+            # planned guesses that would pass the end of the stage are not made
+            guesses = min(chunk.draft, sequence.useful_guesses) if chunk.draft else 0
+            work = _Work(sequence, chunk.start, chunk.length - chunk.draft, max(guesses, 0))
+            needed += self._pool.blocks_for(work.end) - (0 if is_gone else len(sequence.blocks))
+            works.append(work)
+        free = self._pool.free_blocks
+        if gone:
+            free += self._pool.freed_by(self._sequences[name].blocks for name in gone)
         if needed > free:
             raise _refused(f"the batch needs {needed} more KV blocks, {free} of {limits.num_blocks} are free")
-
-    def _work(self, chunk: Chunk) -> _Work:
-        sequence = self._sequences[chunk.request_id]
-        return _Work(sequence, chunk.start, chunk.length - chunk.draft, chunk.draft - _useless(chunk, sequence))
+        return works
 
     def _allocate(self, works: Iterable[_Work]) -> None:
         fresh: list[int] = []
         for work in works:
             blocks = work.sequence.blocks
-            end = work.start + work.length + work.draft
-            blocks += (given := self._pool.allocate(self._pool.blocks_for(end) - len(blocks)))
-            fresh += given
+            missing = self._pool.blocks_for(work.end) - len(blocks)
+            if missing > 0:
+                blocks += (given := self._pool.allocate(missing))
+                fresh += given
         if fresh:
             self._model.cache.clear(fresh)
             if self._drafter is not None:
@@ -226,19 +232,25 @@ class TorchEngine:
         spans: list[Span] = []
         rows: list[Row] = []
         logit_rows: list[int] = []
+        gained: list[list[int]] = [[] for _ in works]
+        sampling: list[int] = []
         total = 0
-        for work in works:
+        for index, work in enumerate(works):
+            sequence, start = work.sequence, work.start
             guesses = len(work.guess.tokens)
-            end = work.start + work.length + guesses
-            spans.append(Span(work.sequence.tokens[work.start : end], work.start, work.sequence.blocks))
-            total += end - work.start
+            end = start + work.length + guesses
+            spans.append(Span(sequence.tokens[start:end], start, sequence.blocks))
+            total += end - start
             if work.samples:
-                rows += [work.sequence.row(count) for count in range(guesses + 1)]
+                sampling.append(index)
+                rows += [sequence.row(count) for count in range(guesses + 1)]
                 logit_rows += range(total - guesses - 1, total)
         logits = self._model.forward(spans, logit_rows)
-        sampling = [work for work in works if work.samples]
-        gained = iter(verify(logits, rows, [work.guess for work in sampling]) if sampling else ())
-        return [next(gained) if work.samples else [] for work in works]
+        if sampling:
+            said = verify(logits, rows, [works[index].guess for index in sampling])
+            for index, tokens in zip(sampling, said, strict=True):
+                gained[index] = tokens
+        return gained
 
     def _finish(self, work: _Work, tokens: list[int]) -> Advance:
         """Book what a chunk achieved. The last new token has no KV yet, the accepted guesses before it have."""
@@ -264,9 +276,12 @@ class TorchEngine:
         sequence.computed = computed
         sequence.draft_computed = min(sequence.draft_computed, computed)
         keep = pool.blocks_for(computed)
-        pool.free(sequence.blocks[keep:])
-        del sequence.blocks[keep:]
+        if keep < len(sequence.blocks):
+            pool.free(sequence.blocks[keep:])
+            del sequence.blocks[keep:]
         full = computed // pool.block_tokens
+        if full == sequence.remembered:
+            return
         hashed = len(sequence.keys)
         if hashed < full:
             tokens = sequence.tokens[hashed * pool.block_tokens : full * pool.block_tokens]
@@ -279,11 +294,6 @@ class TorchEngine:
         self._pool.free(sequence.blocks)
         sequence.blocks = []
         sequence.computed = sequence.draft_computed = sequence.remembered = 0
-
-
-def _useless(chunk: Chunk, sequence: Sequence) -> int:
-    """Planned guesses that would pass the end of the stage; they are not made."""
-    return max(0, chunk.draft - sequence.useful_guesses)
 
 
 def _fault(chunk: Chunk, computed: int, known: int, max_draft: int) -> str:

@@ -280,7 +280,7 @@ class TrtllmWorker:
         if job is not None and job.reply is reply:
             job.is_cancelled = True
             self._end(job, "cancelled")
-            self._voice.finish(reply, (), "cancelled", job.ledger.receipt())
+            self._voice.finish(reply, (), "cancelled", job.ledger.receipt)
             self._turn()
 
     def _turn(self) -> None:
@@ -342,7 +342,7 @@ class TrtllmWorker:
         if session is not None and prompt is not None:
             self._sessions.remember(session, round_of(prompt, job.submission.generation, job.output_ids))
         self._end(job, "finished")
-        self._voice.finish(job.reply, tokens, reason, job.ledger.receipt())
+        self._voice.finish(job.reply, tokens, reason, job.ledger.receipt)
         self._turn()
 
     def _kept(self, job: _Job, fresh: Fresh) -> tuple[tuple[int, ...], str | None]:

@@ -14,19 +14,19 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from slos_serve.scheduler.core import Chunks, Plan, Snapshot, StepReport
+from slos_serve.scheduler.core import Plan, Snapshot, StepReport
 from slos_serve.scheduler.engine import Engine, Planner
 
 from .generation import Generation, Output
 from .parked import Parked
 from .receipt import Ledger
 from .refusal import Refusal
-from .responder import Reply
+from .responder import Receipt, Reply
 from .roster import Roster
 from .sessions import Sessions, round_of
 from .tickets import Tickets
@@ -60,7 +60,7 @@ class Voice(Protocol):
 
     def open(self, reply: Reply) -> None: ...
     def tokens(self, reply: Reply, ids: Sequence[int]) -> None: ...
-    def finish(self, reply: Reply, ids: Sequence[int], reason: str, receipt: Mapping[str, Any]) -> None: ...
+    def finish(self, reply: Reply, ids: Sequence[int], reason: str, receipt: Receipt) -> None: ...
     def fail(self, reply: Reply, refusal: Refusal) -> None: ...
     def accepted(self, reply: Reply, ticket: str, parked: Parked) -> None: ...
 
@@ -253,7 +253,7 @@ class Worker:
             self._voice.fail(reply, Refusal("INVALID_ARGUMENT", str(error)))
             return
         job.ledger.cached_tokens = cached
-        self._scheduler.add(replace(request, cached_tokens=cached), time.monotonic())
+        self._scheduler.add(replace(request, cached_tokens=cached) if cached else request, time.monotonic())
 
     def _drop(self, reply: Reply) -> None:
         job = self._jobs.get(reply.submission.request.id)
@@ -261,11 +261,12 @@ class Worker:
             self._scheduler.cancel(reply.submission.request.id)
             self._engine.release(reply.submission.request.id)
             self._remove(job, "cancelled")
-            self._voice.finish(reply, (), "cancelled", job.ledger.receipt())
+            self._voice.finish(reply, (), "cancelled", job.ledger.receipt)
 
     def _iterate(self) -> None:
         started = time.monotonic()
         plan = self._scheduler.plan(started)
+        plan = replace(plan, chunks=tuple(plan.chunks))  # records made once, for all who read them here
         planned = time.monotonic()
         declined = []
         for decision in plan.decisions:
@@ -308,20 +309,13 @@ class Worker:
         """Decline these, and the plan without them."""
         gone = {job.ledger.request.id for job in declined}
         for job in declined:
-            receipt = job.ledger.receipt()
             if self._meter is not None:
-                expected = self._meter.predicted_ttft(job.submission.request.prompt_tokens)
-                receipt["predicted_ttft_ms"] = round(min(expected, 1e6) * 1000, 3)
+                job.ledger.predicted_ttft = self._meter.predicted_ttft(job.submission.request.prompt_tokens)
             self._scheduler.cancel(job.ledger.request.id)
             self._engine.release(job.ledger.request.id)
             self._remove(job, "declined")
-            self._voice.finish(job.reply, (), "declined", receipt)
-        kept = [index for index, chunk in enumerate(plan.chunks) if chunk.request_id not in gone]
-        chunks = plan.chunks
-        if isinstance(chunks, Chunks):
-            chunks = Chunks(tuple(chunks.ids[index] for index in kept), chunks.numbers[kept])
-        else:
-            chunks = tuple(chunks[index] for index in kept)
+            self._voice.finish(job.reply, (), "declined", job.ledger.receipt)
+        chunks = tuple(chunk for chunk in plan.chunks if chunk.request_id not in gone)
         return replace(plan, chunks=chunks, evicted=tuple(name for name in plan.evicted if name not in gone))
 
     def _deliver(self, report: StepReport) -> None:
@@ -344,7 +338,7 @@ class Worker:
             else:
                 self._remember(job)
                 self._remove(job, "finished")
-                self._voice.finish(job.reply, output.token_ids, output.finish_reason, job.ledger.receipt())
+                self._voice.finish(job.reply, output.token_ids, output.finish_reason, job.ledger.receipt)
 
     def _remember(self, job: Job) -> None:
         session, prompt = job.ledger.request.session, job.submission.prompt

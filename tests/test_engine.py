@@ -169,6 +169,22 @@ class Driver:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_threads_change_no_bit(build: Callable[..., Path], family: str, dtype: torch.dtype) -> None:
+    """All layers as one call and each step of a layer on three threads give the same logits."""
+    model = load_model(build(FAMILIES[family]), dtype=dtype, device="cpu")
+    for name, parameter in model.model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    long, short = prompts(300, 40)
+    paged = PagedModel(model, 24, 16)
+    spans = [Span(long, 0, list(range(19))), Span(short, 0, [22, 20, 21])]
+    alone = paged.forward(spans, [7, 299, 339]).clone()
+    torch.set_num_threads(3)
+    assert torch.equal(paged.forward(spans, [7, 299, 339]), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_plain_model(family: str, dtype: torch.dtype, build: Callable[..., Path]) -> None:
     """Whatever the chunks and the batches, logits equal the plain forward within rounding."""
