@@ -94,7 +94,8 @@ def next_tokens(logits: torch.Tensor, rows: Sequence[Row], purpose: int = 0) -> 
 def largest(logits: torch.Tensor) -> list[int]:
     """What `next_tokens` chooses for rows that are all `PLAIN`, at the least cost."""
     if logits.device.type != "cpu":
-        return _largest(logits.float()).tolist()  # type: ignore[no-any-return]
+        largest: list[int] = _largest(logits.float()).tolist()
+        return largest
     numbers = logits.float().numpy()
     tokens = enumerate(numbers.argmax(axis=-1).tolist())
     return [token if math.isfinite(numbers.item(row, token)) else FAILED for row, token in tokens]

@@ -172,7 +172,8 @@ def _chosen(logits: torch.Tensor, rows: Many[Row], guesses: Many[Guess]) -> list
         target = draws.chances[[drawn_at[index] for index in decisions]]
         decided = _accept_or_redraw(target, [rows[index] for index in decisions], drafts)
         tokens[at] = torch.where(tokens[at] == FAILED, FAILED, decided)
-    return tokens.tolist()  # type: ignore[no-any-return]
+    chosen: list[int] = tokens.tolist()
+    return chosen
 
 
 def _gained(said: list[int], guess: Guess) -> list[int]:

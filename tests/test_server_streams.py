@@ -11,6 +11,7 @@ import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_a_stream_comes_in_order_and_ends_with_a_receipt(server: Server, kind: s
 
     async def use(client: Clients) -> Result:
         stream = client.generate(
-            "def f(x):", max_tokens=40, thinking_tokens=10, ignore_eos=True, slo_ttft_ms=30e3, slo_tpot_ms=30e3
+            "def f(x):", max_tokens=300, thinking_tokens=10, ignore_eos=True, slo_ttft_ms=30e3, slo_tpot_ms=30e3
         )
         deltas = [delta async for delta in stream]
         assert len(deltas) > 5
@@ -92,9 +93,9 @@ def test_a_stream_comes_in_order_and_ends_with_a_receipt(server: Server, kind: s
 
     result = with_client(server, kind, use)
     receipt = result.receipt
-    assert len(result.token_ids) == 40 == receipt["tokens"]
+    assert len(result.token_ids) == 300 == receipt["tokens"]
     assert result.finish_reason == "length"
-    assert [stage["tokens"] for stage in receipt["stages"]] == [10, 30]
+    assert [stage["tokens"] for stage in receipt["stages"]] == [10, 290]
     assert (receipt["admitted"], receipt["attained"]) == (True, True)
     assert receipt["stages"][0]["first_token_due_ms"] == 30e3
     assert 0 <= receipt["queue_ms"] <= receipt["ttft_ms"] < 30e3
@@ -180,16 +181,19 @@ def test_leaving_frees_the_request(server: Server, kind: str) -> None:
 
 
 def test_a_broken_connection_before_the_first_token_frees_the_request(server: Server) -> None:
-    """A socket closed right after a streaming request was sent: the server cancels it."""
+    """64 sockets closed right after each sent a streaming request, seconds of work together: the server cancels all."""
     before = metric(server, "slos_serve_requests_total", outcome="cancelled")
     host, _, port = server.http.partition(":")
     fields = {"text_input": "x" * 300, "max_tokens": 400, "ignore_eos": True, "temperature": 5.0, "stream": True}
     body = json.dumps(fields)
-    with socket.create_connection((host, int(port))) as raw:
-        head = f"POST /v2/models/slos_llm/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        raw.sendall(head.encode() + body.encode())
-        until(lambda: not is_idle(server))  # a request that never arrived would prove nothing
-    until(lambda: metric(server, "slos_serve_requests_total", outcome="cancelled") == before + 1)
+    head = f"POST /v2/models/slos_llm/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with ExitStack() as sockets:
+        for _ in range(64):
+            raw = sockets.enter_context(socket.create_connection((host, int(port))))
+            raw.sendall(head.encode() + body.encode())
+        # a request that never arrived would prove nothing
+        until(lambda: metric(server, "slos_serve_requests") == 64)
+    until(lambda: metric(server, "slos_serve_requests_total", outcome="cancelled") == before + 64)
 
 
 def test_a_deadline_of_the_call_frees_the_request(server: Server) -> None:
