@@ -26,6 +26,7 @@ class Subcommand:
 
 SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
     "serve": Subcommand("slos_serve.backend.launcher", "start the Triton server on a model repository"),
+    "probe": Subcommand("slos_serve.backend.probe", "ask a running server for a token; ends with 1 when it is dead"),
     "demo": Subcommand("slos_serve.loadtest.demo", "start a server, play a minute of mixed traffic, show the result"),
     "demo-router": Subcommand("slos_serve.loadtest.demo_router", "three instances, a router, and one instance killed"),
     "bench-router": Subcommand("slos_serve.loadtest.bench_router", "what a router costs, as ratios in one run"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -18,6 +19,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from slos_serve.backend import probe
+from slos_serve.backend.cli import SUBCOMMANDS
 from slos_serve.backend.config import parse_config, read_config
 from slos_serve.backend.launcher import Server
 from slos_serve.backend.metrics import FAMILIES
@@ -164,8 +167,14 @@ def test_a_pod_is_restricted_and_probed(workload: dict[str, Any]) -> None:
         assert security["capabilities"] == {"drop": ["ALL"]}
         assert set(container["resources"]["limits"]) >= {"cpu", "memory"}
         ports = {port["name"] for port in container["ports"]}
-        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-            assert container[probe]["httpGet"]["port"] in ports
+        for name in ("startupProbe", "readinessProbe"):
+            assert container[name]["httpGet"]["port"] in ports
+        alive = container["livenessProbe"]
+        program, name, *options = alive["exec"]["command"]
+        parser = argparse.ArgumentParser()
+        probe.add_arguments(parser)
+        assert (program, name in SUBCOMMANDS) == ("slos-serve", True)
+        assert parser.parse_args(options).timeout < alive["timeoutSeconds"]
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == set(volumes)
         writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from slos_serve.backend import runtime
+from slos_serve.backend import cli, runtime
 from slos_serve.backend.launcher import Server, diagnose, free_ports, parse_arguments
 from slos_serve.backend.processes import session_members
 from slos_serve.backend.runtime import StartError
@@ -212,6 +212,26 @@ def test_a_busy_engine_is_left_alone(
         (tmp_path / "busy").unlink()
         wait_until(lambda: b"text_output" in generate(server.http))
         assert server.num_starts == 1
+
+
+def test_a_liveness_probe_finds_what_health_hides(tmp_path: Path, stuck_arguments: list[str]) -> None:
+    """`slos-serve probe` ends with 0 where an engine answers or is busy, with 1 where it hangs or is not there."""
+
+    def probe(server: Server) -> int:
+        return cli.main(["probe", "--http", server.http, "--metrics", server.metrics, "--timeout", "1"])
+
+    with Server(tmp_path / "stuck_models", models=["llm"], extra_args=stuck_arguments) as server:
+        assert probe(server) == 0
+        (tmp_path / "busy").touch()
+        assert probe(server) == 0
+        (tmp_path / "busy").unlink()
+        wait_until(lambda: b"text_output" in generate(server.http))
+        (tmp_path / "stuck").touch()
+        assert ask(server.http, "GET", "/v2/health/live", timeout=5.0)[0] == 200
+        assert probe(server) == 1
+        (tmp_path / "stuck").unlink()
+        wait_until(lambda: probe(server) == 0)
+    assert probe(server) == 1
 
 
 def test_the_literal_command_runs_and_stops_without_a_trace(repository: Path) -> None:
