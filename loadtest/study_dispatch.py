@@ -6,7 +6,7 @@ Once every request has found its place, each instance is played to its end by it
 
     round_robin   each instance in turn                          sticky   a session's home, others in turn
     least_tokens  the fewest outstanding tokens, known exactly   hops     in turn, following declines (the paper)
-    ranked        the router: best by load, following declines   few      the same among `FEW` drawn at random
+    ranked        the router: best by load, following declines   few      the same among some drawn at random
     held          ranked, but kept back for a moment where nobody could promise it
 
 Prints the sessions per second at which 90 % of the sessions attain, as ratios to round-robin in the same scenario,
@@ -148,6 +148,7 @@ class Scenario:
     tell: float = TELL_SECONDS  # 0: at every request
     routers: int = 1
     seconds: float = 0.0  # of arrivals, instead of those asked for
+    drawn: int = FEW  # instances that `few` compares
     policies: tuple[str, ...] = ("round_robin", "least_tokens", "hops", "ranked")
 
 
@@ -181,6 +182,7 @@ SCENARIOS: Final[Mapping[str, Scenario]] = {
     "8 replicas": Scenario(same(8), policies=_BRIEF),
     "64 replicas": Scenario(same(64), seconds=10.0, policies=(*_BRIEF, "few")),
     "512 replicas": Scenario(same(512), seconds=4.0, policies=("round_robin", "ranked", "few")),
+    "512 replicas, 64 drawn": Scenario(same(512), seconds=4.0, drawn=64, policies=("few",)),
 }
 # Scenarios whose other policies do not feel what is changed: their capacities are those of another.
 _LIKE: Final[Mapping[str, str]] = {
@@ -188,6 +190,7 @@ _LIKE: Final[Mapping[str, str]] = {
     "loads 0.3 s old": "equal",
     "loads 1 s old": "equal",
     "straggler, loads 1 s old": "straggler",
+    "512 replicas, 64 drawn": "512 replicas",
 }
 
 
@@ -210,6 +213,7 @@ class Service:
         self.policy = policy
         self.may_be_declined = len(self.sites) > 1 and policy in ("hops", *RANKED)
         self.tell_every = scenario.tell
+        self.drawn = scenario.drawn
         names = [site.name for site in self.sites]
         self.routers = [Router(Fleet(names), turn=1009 * n) for n in range(scenario.routers)]
         self.outcomes: dict[str, Outcome] = {}
@@ -300,7 +304,7 @@ class Service:
             self.tell_once(router, now)
         ask = self.ask(router, turn, now)
         router.turn += 1
-        among = drawn(router.fleet, ask, FEW, router.turn) if self.policy == "few" and not before else None
+        among = drawn(router.fleet, ask, self.drawn, router.turn) if self.policy == "few" and not before else None
         order = [n for n in rank(router.fleet, ask, now, router.turn, among).tolist() if n not in before]
         is_refused = not order or len(before) >= MAX_HOPS
         if self.policy == "held" and (is_refused or is_hopeless(router.fleet, ask, now)) and self.may_hold(turn, ask):
@@ -563,7 +567,7 @@ def _plot_skews(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def _plot_scale(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
-    sizes = {len(SCENARIOS[n].sites): rates for n, rates in found.items() if "replica" in n or n == "equal"}
+    sizes = {len(SCENARIOS[n].sites): rates for n, rates in found.items() if n.endswith(("replica", "replicas")) or n == "equal"}
     for policy in POLICIES:
         points = [(size, sizes[size][policy] / size) for size in sorted(sizes) if policy in sizes[size]]
         if len(points) > 1:
