@@ -567,7 +567,8 @@ def _plot_skews(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def _plot_scale(axes: Any, found: Mapping[str, Mapping[str, float]]) -> None:
-    sizes = {len(SCENARIOS[n].sites): rates for n, rates in found.items() if n.endswith(("replica", "replicas")) or n == "equal"}
+    plain = [name for name in found if name.endswith(("replica", "replicas")) or name == "equal"]
+    sizes = {len(SCENARIOS[name].sites): found[name] for name in plain}
     for policy in POLICIES:
         points = [(size, sizes[size][policy] / size) for size in sorted(sizes) if policy in sizes[size]]
         if len(points) > 1:
