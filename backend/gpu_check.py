@@ -449,8 +449,8 @@ def _save_repository(name: str, scale: Scale, tokenizer: Path, folder: Path) -> 
     target.mkdir(parents=True)
     shipped = json.loads((tokenizer / "config.json").read_text(encoding="utf-8"))
     # prompts of the mixture need the context of the shipped model
-    context = max(scale.max_context, 1024)
-    config = _config(name, scale, vocab_size=shipped["vocab_size"], max_position_embeddings=max(context, 2048))
+    context = max(scale.max_context, 2048)
+    config = _config(name, scale, vocab_size=shipped["vocab_size"], max_position_embeddings=context)
     model = random_model(config, dtype=torch.bfloat16, device=scale.device)
     model.model.save_pretrained(target)
     for path in tokenizer.glob("tokenizer*"):
