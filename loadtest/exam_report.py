@@ -378,7 +378,7 @@ def _limits(cells: Sequence[Result], noise: float) -> list[Picture]:
         changes = [suffix.replace("-", " ").strip(), cell["setting"].replace("_", " ")]
         changes.append("" if cell["noise"] == noise else f"noise {cell['noise']:g}")
         right = cell["acceptance"]
-        changes.append("" if right == drafting.get(cell["workload"], right) else f"guesses right {right:g}")
+        changes.append("" if right in (0, drafting.get(cell["workload"])) else f"guesses right {right:g}")
         guesses = ", drafts" if right else ""
         return (cell["workload"], cell["profile"].removesuffix(suffix), guesses), ", ".join(filter(None, changes))
 
