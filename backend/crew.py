@@ -17,7 +17,7 @@ _ENOUGH: Final = 1 << 20  # operations for which waking a thread pays: about 30 
 
 def run(kernel: Callable[..., None], units: int, operations: int, *args: Any) -> None:
     """Call `kernel(*args, first, last)` for shares of `range(units)` that cost `operations` in all."""
-    count = 1 if operations < _ENOUGH else min(torch.get_num_threads(), units, 1 + operations // _ENOUGH)
+    count = 1 if is_alone(operations) else min(torch.get_num_threads(), units, 1 + operations // _ENOUGH)
     if count <= 1:
         kernel(*args, 0, units)
         return

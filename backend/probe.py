@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from .supervisor import Judge, Limits, look
+from .supervisor import Judge, Limits, probe_server
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Ask once. Raises ValueError for a time that is none."""
     if not (math.isfinite(args.timeout) and args.timeout > 0):
         raise ValueError(f"--timeout: expected seconds above 0, got {args.timeout}")
-    found = look(args.http, args.metrics, timeout=args.timeout)
+    found = probe_server(args.http, args.metrics, timeout=args.timeout)
     cause = Judge(failed_probes=1).cause(found)
     print(cause or f"alive{': busy, ' + found.detail if found.answer == 'failed' else ''}")
     return int(cause is not None)

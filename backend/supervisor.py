@@ -186,7 +186,7 @@ def read_iterations(address: str, *, timeout: float = 5.0) -> float | None:
     return math.fsum(float(line.rpartition(" ")[2]) for line in lines) if lines else None
 
 
-def look(http_address: str, metrics_address: str, *, timeout: float) -> Probe:
+def probe_server(http_address: str, metrics_address: str, *, timeout: float) -> Probe:
     """One look at the models of a server; without a metrics address a busy engine looks like a dead one."""
     before = read_iterations(metrics_address)
     answer, detail = probe_all(http_address, timeout=timeout)
@@ -330,4 +330,4 @@ class _Rounds:
 
     def _probe(self) -> None:
         """On a thread of its own: a hung engine must not keep us from seeing a dead stub."""
-        self._probes.put(look(self._launch.http, self._launch.metrics, timeout=self._limits.probe_timeout))
+        self._probes.put(probe_server(self._launch.http, self._launch.metrics, timeout=self._limits.probe_timeout))

@@ -394,7 +394,8 @@ MATRIX: Final[Sequence[Mapping[str, str]]] = (
 )
 _OURS: Final = {**ONE, "target": "0.9", "rule": HEADLINE, "workload": "chatbot,coding,mixed,reasoning"}
 _OPT: Final = "a100-opt-13b,a100-40gb-opt-13b"  # where KV memory binds
-_GUESSING: Final = {**_OURS, "workload": "chatbot,mixed", "acceptance": "0.7"}
+ACCEPTANCE: Final = "0.7"  # of the studies' draft model
+_GUESSING: Final = {**_OURS, "workload": "chatbot,mixed", "acceptance": ACCEPTANCE}
 _BOTH_MODELS: Final = "a100-llama-3-8b,a100-opt-13b"
 STUDIES: Final[Mapping[str, Sequence[Mapping[str, str]]]] = {
     "ablation": ({**_OURS, "profile": _BOTH_MODELS, "setting": ",".join(["", *ABLATIONS])},),
@@ -402,8 +403,8 @@ STUDIES: Final[Mapping[str, Sequence[Mapping[str, str]]]] = {
     "scaling": ({**_OURS, "workload": "coding,mixed", "policy": "slos_serve,sarathi", "replicas": "1,2,4,8"},),
     "equal_gpus": ({**_OURS, "workload": "coding,mixed", "policy": ",".join(EXAMINED), "replicas": "12"},),
     "speculation": tuple(
-        {**_OURS, "workload": "chatbot,mixed", "profile": _OPT, "policy": policy, "acceptance": acceptance}
-        for policy, acceptance in (("slos_serve,slos_serve_paper", "0.7"), (",".join(EXAMINED), "0"))
+        {**_GUESSING, "profile": _OPT, "policy": policy, "acceptance": acceptance}
+        for policy, acceptance in (("slos_serve,slos_serve_paper", ACCEPTANCE), (",".join(EXAMINED), "0"))
     ),
     "burst": ({**_OURS, "workload": "coding,mixed", "policy": "slos_serve,qoserve,vllm,sarathi"},),
     # What a capacity would be in a world that differs in one thing.

@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any, Final
 
 from .cells import WORLDS
-from .exam import HEADLINE, told
+from .exam import ACCEPTANCE, HEADLINE, told
 
 Result = Mapping[str, Any]
 
@@ -378,17 +378,13 @@ def _limits(cells: Sequence[Result], noise: float) -> list[Picture]:
         changes = [suffix.replace("-", " ").strip(), cell["setting"].replace("_", " ")]
         changes.append("" if cell["noise"] == noise else f"noise {cell['noise']:g}")
         right = cell["acceptance"]
-        changes.append("" if right in (0, drafting.get(cell["workload"])) else f"guesses right {right:g}")
+        changes.append("" if right in (0, float(ACCEPTANCE)) else f"guesses right {right:g}")
         guesses = ", drafts" if right else ""
         return (cell["workload"], cell["profile"].removesuffix(suffix), guesses), ", ".join(filter(None, changes))
 
     own = [c for c in cells if c["policy"] == "slos_serve" and c["replicas"] == 1 and c["arrivals"] == "bursts"]
     settings = ("", "lengths_exact", "lead_whole")
     own = [c for c in own if not c["ttft_floor_ms"] and not c["untuned"] and c["setting"] in settings]
-    drafting: dict[str, float] = {}
-    for cell in own:
-        if cell["acceptance"]:
-            drafting.setdefault(cell["workload"], cell["acceptance"])
     rates: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for cell in own:
         where, change = world(cell)
