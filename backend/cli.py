@@ -30,6 +30,7 @@ SUBCOMMANDS: Final[Mapping[str, Subcommand]] = {
     "demo": Subcommand("slos_serve.loadtest.demo", "start a server, play a minute of mixed traffic, show the result"),
     "demo-router": Subcommand("slos_serve.loadtest.demo_router", "three instances, a router, and one instance killed"),
     "bench-router": Subcommand("slos_serve.loadtest.bench_router", "what a router costs, as ratios in one run"),
+    "bench-faults": Subcommand("slos_serve.loadtest.bench_faults", "the longest gap that callers see at a failure"),
     "study-dispatch": Subcommand("slos_serve.loadtest.study_dispatch", "ways to choose an instance, in virtual time"),
     "profile": Subcommand("slos_serve.backend.profiling", "measure this machine and fit the time model"),
     "train": Subcommand("slos_serve.backend.train", "train the small demonstration models"),

@@ -7,27 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import os
+import json
 import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from slos_serve.backend.cli import main
 from slos_serve.backend.launcher import Server
-from slos_serve.backend.processes import session_members
 from slos_serve.backend.replicas import write_router_repository
 from slos_serve.backend.supervisor import Limits
 from slos_serve.client.client import Running, SlosClient, input_tensors
 from slos_serve.client.routed import RoutedClient
 from slos_serve.client.stream import Refused, Result, StreamError
+from slos_serve.loadtest.bench_faults import ENGINE_PROCESS, Cable, send_signal
 
 PATIENCE = 120.0
 PROMPTS = [f"def f{i}(x):" for i in range(8)]
@@ -111,13 +112,6 @@ def until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
-
-
-def send_signal(server: Server, number: signal.Signals, name: str = "") -> None:
-    """To every process of a server, or to those of one name."""
-    for member in session_members(server.pid):
-        if name in member.name:
-            os.kill(member.pid, number)
 
 
 def serial(*runs: Any) -> list[Any]:
@@ -408,7 +402,7 @@ def test_a_killed_router_loses_nothing(whole: Service) -> None:
     until(lambda: whole.routers[0].num_starts > starts)
 
 
-@pytest.mark.parametrize("name", ["triton_python_b", ""], ids=["engine process", "whole server"])
+@pytest.mark.parametrize("name", [ENGINE_PROCESS, ""], ids=["engine process", "whole server"])
 def test_a_killed_instance_loses_nothing_and_comes_back(whole: Service, name: str) -> None:
     """Its requests go on elsewhere, the supervisor restarts it, and the routers use it again."""
     victim = whole.instances[1]
@@ -418,55 +412,6 @@ def test_a_killed_instance_loses_nothing_and_comes_back(whole: Service, name: st
     assert any(result.receipt["resumed_tokens"] for result in found)
     until(lambda: victim.num_starts > starts)
     asyncio.run(until_usable(whole.addresses, {instance.grpc for instance in whole.instances}))
-
-
-class Cable:
-    """Carries bytes between a port of its own and `target`, until it is cut; it can be mended."""
-
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
-        self._port = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._port.getsockname()[1]}"
-        self._ends: list[socket.socket] = []
-        self._carries = threading.Event()
-        self._carries.set()
-        threading.Thread(target=self._accept, args=(self._port,), daemon=True).start()
-
-    def refuse(self) -> None:
-        """Every connection breaks, and there are no new ones."""
-        self._port.shutdown(socket.SHUT_RDWR)
-        self._port.close()
-        for end in self._ends:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def silence(self) -> None:
-        """Every connection stays, and nothing passes."""
-        self._carries.clear()
-
-    def mend(self) -> None:
-        """As before; what was held back passes now."""
-        self._carries.set()
-        if self._port.fileno() < 0:
-            self._port = socket.create_server(("127.0.0.1", int(self.address.rpartition(":")[2])))
-            threading.Thread(target=self._accept, args=(self._port,), daemon=True).start()
-
-    def _accept(self, port: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                near = port.accept()[0]
-                far = socket.create_connection(self._target)
-                self._ends += [near, far]
-                for pair in ((near, far), (far, near)):
-                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
-
-    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                self._carries.wait()
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
 
 
 def test_a_cut_network_loses_nothing_whether_it_refuses_or_falls_silent(whole: Service, tmp_path: Path) -> None:
@@ -483,6 +428,19 @@ def test_a_cut_network_loses_nothing_whether_it_refuses_or_falls_silent(whole: S
             assert any(result.receipt["resumed_tokens"] for result in found)
             cable.mend()
         asyncio.run(until_usable([router.grpc], addresses))
+
+
+def test_bench_faults_finds_the_longest_gap(
+    tiny_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, with one fault: every stream that met it ended, and how long it paused."""
+    options = ["--rounds", "1", "--streams", "4", "--length", "440", "--only", "refused"]
+    found = tmp_path / "found.json"
+    assert main(["bench-faults", *options, "--model-repository", str(tiny_repository), "--json", str(found)]) == 0
+    assert re.search(r"connections refused +\d+ +0 ", capsys.readouterr().out)
+    for _, gap, _, error in json.loads(found.read_text())["connections refused"]:
+        assert gap < PATIENCE
+        assert not error
 
 
 @contextmanager

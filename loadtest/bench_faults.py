@@ -1,0 +1,297 @@
+"""`slos-serve bench-faults`: the longest gap that callers see when a server, or the way to it, fails under them.
+
+Two instances behind two routers, each supervised; what goes to an instance passes a `Cable` that can be cut. For each
+way to fail streams run in closed loops, half of them placed and half forwarded, until in the middle of them one
+instance, one router or one cable goes. Counted are the streams that were running then: how long the longest pause
+between two tokens was, beyond the pace they were promised. Exits with 1 when one was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from slos_serve.backend.launcher import Server
+from slos_serve.backend.processes import session_members
+from slos_serve.backend.replicas import write_router_repository
+from slos_serve.backend.supervisor import Limits
+from slos_serve.client.routed import RoutedClient
+from slos_serve.client.stream import Result, StreamError
+
+from .bench_router import prompts
+from .demo import ServerFailed, concluded
+from .demo_router import usable
+
+ENGINE_PROCESS: Final = "triton_python_b"  # as the kernel names Triton's Python stub
+ROUTER_MODELS: Final = ("slos_router", "slos_ensemble")
+PATIENCE_SECONDS: Final = 120.0
+BEFORE_SECONDS: Final = 2.0  # that streams run before the fault
+TPOT_SECONDS: Final = 0.1
+PROMISE: Final[Mapping[str, Any]] = {"ignore_eos": True, "slo_ttft_ms": 2e3, "slo_tpot_ms": 1000 * TPOT_SECONDS}
+
+
+class Cable:
+    """Carries bytes between a port of its own and `target`, until it is cut; it can be mended."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        self._port = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._port.getsockname()[1]}"
+        self._ends: list[socket.socket] = []
+        self._carries = threading.Event()
+        self._carries.set()
+        threading.Thread(target=self._accept, args=(self._port,), daemon=True).start()
+
+    def refuse(self) -> None:
+        """Every connection breaks, and there are no new ones."""
+        self._port.shutdown(socket.SHUT_RDWR)
+        self._port.close()
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def silence(self) -> None:
+        """Every connection stays, and nothing passes."""
+        self._carries.clear()
+
+    def mend(self) -> None:
+        """As before; what was held back passes now."""
+        self._carries.set()
+        if self._port.fileno() < 0:
+            self._port = socket.create_server(("127.0.0.1", int(self.address.rpartition(":")[2])))
+            threading.Thread(target=self._accept, args=(self._port,), daemon=True).start()
+
+    def _accept(self, port: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near = port.accept()[0]
+                try:
+                    far = socket.create_connection(self._target)
+                except OSError:  # nobody is there now
+                    near.close()
+                    continue
+                self._ends += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                self._carries.wait()
+                sink.sendall(data)
+        for end in (source, sink):  # also where one side broke: the other must hear of it
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The servers; routers and callers reach instance i through cable i."""
+
+    instances: Sequence[Server]
+    routers: Sequence[Server]
+    cables: Sequence[Cable]
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of the routers."""
+        return [router.grpc for router in self.routers]
+
+    async def whole(self) -> None:
+        """Returns once every router uses every instance. Raises ServerFailed when that does not come."""
+        wanted = {cable.address for cable in self.cables}
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            with suppress(StreamError):
+                if [await usable(router) for router in self.addresses] == [wanted] * len(self.routers):
+                    return
+            if time.monotonic() > until:
+                raise ServerFailed(f"not all of {', '.join(wanted)} are used by the routers")
+            await asyncio.sleep(0.1)
+
+
+@contextmanager
+def service(repository: Path, folder: Path, servers: int = 2) -> Iterator[Service]:
+    """So many instances of a model repository and so many routers, from their start to their end."""
+    limits = Limits(probe_interval=1.0, first_delay=0.1)
+    with ExitStack() as stack:
+        instances = [Server(repository, models=["slos_llm"], supervise=True, limits=limits) for _ in range(servers)]
+        start(instances, stack)
+        cables = [Cable(instance.grpc) for instance in instances]
+        settings = {"instances": [cable.address for cable in cables]}
+        folders = [write_router_repository(folder / f"router-{number}", settings) for number in range(servers)]
+        routers = [Server(each, models=ROUTER_MODELS, supervise=True, limits=limits) for each in folders]
+        start(routers, stack)
+        yield Service(instances, routers, cables)
+
+
+def start(servers: Sequence[Server], stack: ExitStack) -> None:
+    """All at the same time; `stack` stops them. Raises StartError."""
+    for server in servers:
+        stack.callback(server.stop)
+    with ThreadPoolExecutor(len(servers)) as threads:
+        list(threads.map(Server.start, servers))
+
+
+def send_signal(server: Server, number: signal.Signals, name: str = "") -> None:
+    """To every process of a server, or to those of one name."""
+    for member in session_members(server.pid):
+        if name in member.name:
+            with suppress(ProcessLookupError):
+                os.kill(member.pid, number)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What goes wrong, and what puts it right where nobody else does."""
+
+    strike: Callable[[Service], None]
+    mend: Callable[[Service], None] = lambda _: None
+
+
+FAULTS: Final[Mapping[str, Fault]] = {
+    "instance killed": Fault(lambda s: send_signal(s.instances[0], signal.SIGKILL)),
+    "engine process killed": Fault(lambda s: send_signal(s.instances[0], signal.SIGKILL, ENGINE_PROCESS)),
+    "instance frozen": Fault(
+        lambda s: send_signal(s.instances[0], signal.SIGSTOP), lambda s: send_signal(s.instances[0], signal.SIGCONT)
+    ),
+    "connections refused": Fault(lambda s: s.cables[0].refuse(), lambda s: s.cables[0].mend()),
+    "connections silent": Fault(lambda s: s.cables[0].silence(), lambda s: s.cables[0].mend()),
+    "router killed": Fault(lambda s: send_signal(s.routers[0], signal.SIGKILL)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """A stream that was running when the fault came. `gap`: seconds of its longest pause, less its TPOT."""
+
+    is_placed: bool
+    gap: float = 0.0
+    is_moved: bool = False
+    error: str = ""
+
+
+async def struck(served: Service, fault: Fault, streams: int, length: int) -> list[Met]:
+    """Every stream that runs when the fault comes, once it has ended."""
+    await served.whole()
+    async with _callers(served) as callers:
+        loops = _Loops(callers, length)
+        tasks = [asyncio.create_task(loops.run(number)) for number in range(streams)]
+        await asyncio.sleep(BEFORE_SECONDS)
+        loops.struck_at = time.monotonic()
+        await asyncio.to_thread(fault.strike, served)
+        try:
+            await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE_SECONDS)
+        finally:
+            fault.mend(served)
+    return loops.met
+
+
+@asynccontextmanager
+async def _callers(served: Service) -> AsyncIterator[Sequence[RoutedClient]]:
+    async with (
+        RoutedClient(served.addresses) as placed,
+        RoutedClient(served.addresses, placement=False) as forwarded,
+    ):
+        yield placed, forwarded
+
+
+class _Loops:
+    """Streams one after the other, until one has met the fault."""
+
+    def __init__(self, callers: Sequence[RoutedClient], length: int) -> None:
+        self._callers = callers
+        self._length = length
+        self._prompts = prompts()
+        self.struck_at = float("inf")
+        self.met: list[Met] = []
+
+    async def run(self, number: int) -> None:
+        placed = number % 2 == 0
+        caller = self._callers[number % 2]
+        turn = number
+        while True:
+            began = time.monotonic()
+            stream = caller.generate(self._prompts[turn % len(self._prompts)], max_tokens=self._length, **PROMISE)
+            turn += 1
+            try:
+                found = await stream.drain()
+                met = self._met(found, placed)
+            except StreamError as error:
+                met = Met(placed, error=f"{type(error).__name__}: {error}")
+            if time.monotonic() > self.struck_at:
+                if began < self.struck_at or met.error:
+                    self.met.append(met)
+                return
+
+    def _met(self, found: Result, placed: bool) -> Met:
+        if len(found.token_ids) != self._length:
+            return Met(placed, error=f"{len(found.token_ids)} tokens of {self._length}")
+        longest = float(np.max(np.diff(found.token_times), initial=0.0))
+        return Met(placed, longest - TPOT_SECONDS, bool(found.receipt.get("losses")))
+
+
+def table(found: Mapping[str, Sequence[Met]]) -> str:
+    """A row for each fault."""
+    lines = [f"{'fault':<24}{'streams':>9}{'lost':>6}{'moved':>7}{'gap p50':>10}{'p99':>8}{'longest':>9}"]
+    for name, streams in found.items():
+        gaps = [each.gap for each in streams if not each.error] or [float("nan")]
+        lines.append(
+            f"{name:<24}{len(streams):>9}{sum(1 for each in streams if each.error):>6}"
+            f"{sum(each.is_moved for each in streams):>7}{np.percentile(gaps, 50):>10.2f}"
+            f"{np.percentile(gaps, 99):>8.2f}{max(gaps):>9.2f}"
+        )
+    return "\n".join([*lines, "gap: seconds of a stream's longest pause beyond its TPOT; moved: to another server"])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`slos-serve bench-faults`."""
+    parser.add_argument("--streams", type=int, default=12, help="at a time (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=300, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="of each fault (default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="faults with this in their name")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--model-repository", type=Path, default=Path("model_repository"), metavar="DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; Ctrl-C stops the servers too."""
+    return concluded(_run(args))
+
+
+async def _run(args: argparse.Namespace) -> int:
+    chosen = [name for name in FAULTS if args.only in name]
+    if not chosen:
+        raise ValueError(f"--only: must be part of one of {', '.join(FAULTS)}, got {args.only!r}")
+    found: dict[str, list[Met]] = {name: [] for name in chosen}
+    with tempfile.TemporaryDirectory(prefix="slos-bench-") as folder, service(args.model_repository, Path(folder)) as s:
+        for number in range(args.rounds):
+            for name in chosen:
+                met = await struck(s, FAULTS[name], args.streams, args.length)
+                found[name] += met
+                print(f"round {number + 1}, {name}: {len(met)} streams met it", flush=True)
+                for each in met:
+                    if each.error:
+                        print(f"LOST: {each.error}", flush=True)
+        await s.whole()
+    print(f"\n{table(found)}")
+    if args.json:
+        data = {name: [[m.is_placed, m.gap, m.is_moved, m.error] for m in streams] for name, streams in found.items()}
+        args.json.write_text(json.dumps(data) + "\n", encoding="utf-8")
+    return int(any(each.error for streams in found.values() for each in streams))
