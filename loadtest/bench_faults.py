@@ -40,6 +40,7 @@ from .demo_router import usable
 ENGINE_PROCESS: Final = "triton_python_b"  # as the kernel names Triton's Python stub
 ROUTER_MODELS: Final = ("slos_router", "slos_ensemble")
 PATIENCE_SECONDS: Final = 120.0
+MANY: Final = 1000  # restarts of one server: nobody gives up
 BEFORE_SECONDS: Final = 2.0  # that streams run before the fault
 TPOT_SECONDS: Final = 0.1
 PROMISE: Final[Mapping[str, Any]] = {"ignore_eos": True, "slo_ttft_ms": 2e3, "slo_tpot_ms": 1000 * TPOT_SECONDS}
@@ -129,7 +130,7 @@ class Service:
 @contextmanager
 def service(repository: Path, folder: Path, servers: int = 2) -> Iterator[Service]:
     """So many instances of a model repository and so many routers, from their start to their end."""
-    limits = Limits(probe_interval=1.0, first_delay=0.1)
+    limits = Limits(probe_interval=1.0, first_delay=0.1, longest_delay=0.1, max_restarts=MANY)
     with ExitStack() as stack:
         instances = [Server(repository, models=["slos_llm"], supervise=True, limits=limits) for _ in range(servers)]
         start(instances, stack)
