@@ -198,10 +198,14 @@ async def struck(served: Service, fault: Fault, streams: int, length: int) -> li
         loops.struck_at = time.monotonic()
         await asyncio.to_thread(fault.strike, served)
         try:
-            await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE_SECONDS)
+            ended, hanging = await asyncio.wait(tasks, timeout=PATIENCE_SECONDS)
+            for task in hanging:
+                task.cancel()
+            for task in ended:
+                task.result()
         finally:
             fault.mend(served)
-    return loops.met
+    return loops.met + [Met(False, error=f"no end within {PATIENCE_SECONDS:.0f} s") for _ in hanging]
 
 
 @asynccontextmanager
@@ -236,9 +240,10 @@ class _Loops:
                 met = self._met(found, placed)
             except StreamError as error:
                 met = Met(placed, error=f"{type(error).__name__}: {error}")
-            if time.monotonic() > self.struck_at:
-                if began < self.struck_at or met.error:
-                    self.met.append(met)
+            now = time.monotonic()
+            if met.error or began < self.struck_at < now:
+                self.met.append(met)
+            if now > self.struck_at:
                 return
 
     def _met(self, found: Result, placed: bool) -> Met:
