@@ -12,37 +12,32 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from slos_serve.backend.launcher import Server
-from slos_serve.backend.processes import session_members
-from slos_serve.backend.replicas import write_router_repository
-from slos_serve.backend.supervisor import Limits
 from slos_serve.client.routed import RoutedClient
 from slos_serve.client.stream import Result, StreamError
 
-from .bench_router import prompts
-from .demo import ServerFailed, concluded
-from .demo_router import usable
+from .demo import ServerFailed, concluded, server
+from .demo_router import server_of, usable
 
 ENGINE_PROCESS: Final = "triton_python_b"  # as the kernel names Triton's Python stub
-ROUTER_MODELS: Final = ("slos_router", "slos_ensemble")
 PATIENCE_SECONDS: Final = 120.0
-MANY: Final = 1000  # restarts of one server: nobody gives up
+SUPERVISED: Final = ("--probe-interval=1", "--max-restarts=1000")  # nobody gives up
 BEFORE_SECONDS: Final = 2.0  # that streams run before the fault
 TPOT_SECONDS: Final = 0.1
+PROMPTS: Final = tuple(f"def f{number}(values, limit):" for number in range(32))
 PROMISE: Final[Mapping[str, Any]] = {"ignore_eos": True, "slo_ttft_ms": 2e3, "slo_tpot_ms": 1000 * TPOT_SECONDS}
 
 
@@ -103,16 +98,11 @@ class Cable:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The servers; routers and callers reach instance i through cable i."""
+    """HOST:PORT of each server; routers and callers reach instance i through cable i."""
 
-    instances: Sequence[Server]
-    routers: Sequence[Server]
+    instances: Sequence[str]
+    routers: Sequence[str]
     cables: Sequence[Cable]
-
-    @property
-    def addresses(self) -> list[str]:
-        """Of the routers."""
-        return [router.grpc for router in self.routers]
 
     async def whole(self) -> None:
         """Returns once every router uses every instance. Raises ServerFailed when that does not come."""
@@ -120,42 +110,37 @@ class Service:
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
             with suppress(StreamError):
-                if [await usable(router) for router in self.addresses] == [wanted] * len(self.routers):
+                if [await usable(router) for router in self.routers] == [wanted] * len(self.routers):
                     return
             if time.monotonic() > until:
                 raise ServerFailed(f"not all of {', '.join(wanted)} are used by the routers")
             await asyncio.sleep(0.1)
 
 
-@contextmanager
-def service(repository: Path, folder: Path, servers: int = 2) -> Iterator[Service]:
+@asynccontextmanager
+async def service(repository: Path, router_repository: Path, folder: Path, servers: int = 2) -> AsyncIterator[Service]:
     """So many instances of a model repository and so many routers, from their start to their end."""
-    limits = Limits(probe_interval=1.0, first_delay=0.1, longest_delay=0.1, max_restarts=MANY)
-    with ExitStack() as stack:
-        instances = [Server(repository, models=["slos_llm"], supervise=True, limits=limits) for _ in range(servers)]
-        start(instances, stack)
-        cables = [Cable(instance.grpc) for instance in instances]
+    async with AsyncExitStack() as stack:
+
+        async def started(path: Path) -> str:
+            return (await stack.enter_async_context(server(path, *SUPERVISED))).grpc
+
+        instances = [await started(repository) for _ in range(servers)]
+        cables = [Cable(instance) for instance in instances]
+        shutil.copytree(router_repository, folder / "router")
         settings = {"instances": [cable.address for cable in cables]}
-        folders = [write_router_repository(folder / f"router-{number}", settings) for number in range(servers)]
-        routers = [Server(each, models=ROUTER_MODELS, supervise=True, limits=limits) for each in folders]
-        start(routers, stack)
+        (folder / "router" / "slos_router" / "1" / "router.json").write_text(json.dumps(settings), encoding="utf-8")
+        routers = [await started(folder / "router") for _ in range(servers)]
         yield Service(instances, routers, cables)
 
 
-def start(servers: Sequence[Server], stack: ExitStack) -> None:
-    """All at the same time; `stack` stops them. Raises StartError."""
-    for server in servers:
-        stack.callback(server.stop)
-    with ThreadPoolExecutor(len(servers)) as threads:
-        list(threads.map(Server.start, servers))
-
-
-def send_signal(server: Server, number: signal.Signals, name: str = "") -> None:
-    """To every process of a server, or to those of one name."""
-    for member in session_members(server.pid):
-        if name in member.name:
-            with suppress(ProcessLookupError):
-                os.kill(member.pid, number)
+def send_signal(address: str, number: signal.Signals, name: str = "") -> None:
+    """To every process of the server at this address, or to those of one name."""
+    group = server_of(address)
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):  # it has ended meanwhile
+            if entry.name.isdigit() and os.getpgid(int(entry.name)) == group and name in (entry / "comm").read_text():
+                os.kill(int(entry.name), number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,15 +189,16 @@ async def struck(served: Service, fault: Fault, streams: int, length: int) -> li
             for task in ended:
                 task.result()
         finally:
-            fault.mend(served)
+            with suppress(ServerFailed):  # its supervisor has given it up
+                fault.mend(served)
     return loops.met + [Met(False, error=f"no end within {PATIENCE_SECONDS:.0f} s") for _ in hanging]
 
 
 @asynccontextmanager
 async def _callers(served: Service) -> AsyncIterator[Sequence[RoutedClient]]:
     async with (
-        RoutedClient(served.addresses) as placed,
-        RoutedClient(served.addresses, placement=False) as forwarded,
+        RoutedClient(served.routers) as placed,
+        RoutedClient(served.routers, placement=False) as forwarded,
     ):
         yield placed, forwarded
 
@@ -223,7 +209,6 @@ class _Loops:
     def __init__(self, callers: Sequence[RoutedClient], length: int) -> None:
         self._callers = callers
         self._length = length
-        self._prompts = prompts()
         self.struck_at = float("inf")
         self.met: list[Met] = []
 
@@ -233,7 +218,7 @@ class _Loops:
         turn = number
         while True:
             began = time.monotonic()
-            stream = caller.generate(self._prompts[turn % len(self._prompts)], max_tokens=self._length, **PROMISE)
+            stream = caller.generate(PROMPTS[turn % len(PROMPTS)], max_tokens=self._length, **PROMISE)
             turn += 1
             try:
                 found = await stream.drain()
@@ -273,7 +258,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=4, help="of each fault (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="faults with this in their name")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--model-repository", type=Path, default=Path("model_repository"), metavar="DIR")
+    for name in ("model", "router"):
+        parser.add_argument(f"--{name}-repository", type=Path, default=Path(f"{name}_repository"), metavar="DIR")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -286,18 +272,23 @@ async def _run(args: argparse.Namespace) -> int:
     if not chosen:
         raise ValueError(f"--only: must be part of one of {', '.join(FAULTS)}, got {args.only!r}")
     found: dict[str, list[Met]] = {name: [] for name in chosen}
-    with tempfile.TemporaryDirectory(prefix="slos-bench-") as folder, service(args.model_repository, Path(folder)) as s:
-        for number in range(args.rounds):
-            for name in chosen:
-                met = await struck(s, FAULTS[name], args.streams, args.length)
-                found[name] += met
-                print(f"round {number + 1}, {name}: {len(met)} streams met it", flush=True)
-                for each in met:
-                    if each.error:
-                        print(f"LOST: {each.error}", flush=True)
-        await s.whole()
+    with tempfile.TemporaryDirectory(prefix="slos-bench-") as folder:
+        async with service(args.model_repository, args.router_repository, Path(folder)) as s:
+            await _play(s, args, found)
     print(f"\n{table(found)}")
     if args.json:
         data = {name: [[m.is_placed, m.gap, m.is_moved, m.error] for m in streams] for name, streams in found.items()}
         args.json.write_text(json.dumps(data) + "\n", encoding="utf-8")
     return int(any(each.error for streams in found.values() for each in streams))
+
+
+async def _play(served: Service, args: argparse.Namespace, found: Mapping[str, list[Met]]) -> None:
+    for number in range(args.rounds):
+        for name, of_fault in found.items():
+            met = await struck(served, FAULTS[name], args.streams, args.length)
+            of_fault += met
+            print(f"round {number + 1}, {name}: {len(met)} streams met it", flush=True)
+            for each in met:
+                if each.error:
+                    print(f"LOST: {each.error}", flush=True)
+    await served.whole()

@@ -17,7 +17,7 @@ import numpy as np
 from .bound import trace_dropped
 from .capacity import kept, rounds
 from .cells import Turn, draw, turns
-from .exam import Cell, Scene, examine, scene
+from .examine import Cell, Scene, examine, scene
 
 BASE_SHARE: Final = 0.5  # of our Poisson capacity
 FACTOR: Final = 5.0

@@ -20,7 +20,8 @@ from statistics import fmean
 from typing import Any, Final
 
 from .cells import WORLDS
-from .exam import ACCEPTANCE, HEADLINE, told
+from .exam import ACCEPTANCE, told
+from .examine import HEADLINE
 
 Result = Mapping[str, Any]
 

@@ -18,7 +18,7 @@ from slos_serve.scheduler.attainment import RULES, Rule
 
 from .capacity import EXAMINED, Score, score
 from .cells import check_targets, check_trace, known, load_profile, parse_targets, profiles, turns
-from .exam import Cell, Scene
+from .examine import Cell, Scene
 from .trace_file import read_trace
 
 TARGETS: Final = (0.9, 0.95, 0.99)

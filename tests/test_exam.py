@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slos_serve.loadtest import exam
+from slos_serve.loadtest import exam, examine
 from slos_serve.loadtest.capacity import EXAMINED, Fleet, Search, play, rate_at, rounds, score
 from slos_serve.loadtest.cells import (
     ARRIVALS,
     TARGETS,
     Load,
+    check_targets,
     draw,
     load_profile,
     parse_targets,
@@ -114,7 +115,7 @@ def test_processes_change_nothing(tmp_path: Path) -> None:
 def test_resume_plays_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells that are in the file already are kept and not played again."""
     before = examined(tmp_path, *SHORT, "--rate", "3")
-    monkeypatch.setattr(exam, "examine", None)
+    monkeypatch.setattr(examine, "examine", None)
     assert examined(tmp_path, *SHORT, "--rate", "3", "--resume") == before
 
 
@@ -138,7 +139,7 @@ def test_profiles_are_usable(name: str) -> None:
     assert profile.licence
     assert 0.005 < profile.iteration_seconds < 0.05
     assert profile.prefill_seconds(9000) > profile.prefill_seconds(8192) > profile.perf.seconds(BatchShape(8192))
-    exam.check_targets(TARGETS, profile)
+    check_targets(TARGETS, profile)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
@@ -359,11 +360,11 @@ def test_separate_replicas_serve_every_session(prefill: int, decode: int) -> Non
 def test_more_replicas_do_not_attain_less(policy: str) -> None:
     """On one fixed trace, twice the replicas attain at least as much, within two points."""
     rate, attained = 6.0, []
-    alone = exam.Cell("coding", "bursts", "a100-llama-3-8b", policy, 1, 0, min_requests=200)
-    firsts = exam.scene(alone).firsts(rate)[0]
+    alone = examine.Cell("coding", "bursts", "a100-llama-3-8b", policy, 1, 0, min_requests=200)
+    firsts = examine.scene(alone).firsts(rate)[0]
     for replicas in (1, 2, 4):
         cell = replace(alone, replicas=replicas)
-        ready = exam.scene(cell)
+        ready = examine.scene(cell)
         played = ready.play(cell.examined().sweep[0], firsts)
         attained.append(score(firsts, played, rate=rate, seconds=1.0, dropped=0).attainment["strict"])
     assert attained[1] >= attained[0] - 0.02

@@ -11,7 +11,8 @@ import pytest
 
 from slos_serve.loadtest import exam, exam_report
 from slos_serve.loadtest.burst import FACTOR, SECONDS, STARTS, burst_sessions, burst_table
-from slos_serve.loadtest.exam import Cell, cells_of, scene
+from slos_serve.loadtest.exam import cells_of
+from slos_serve.loadtest.examine import Cell, scene
 from slos_serve.loadtest.settings import ABLATIONS, SETTINGS
 from slos_serve.scheduler import PlannerConfig
 

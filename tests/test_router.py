@@ -313,12 +313,12 @@ def test_a_request_that_was_advised_waits_for_no_router(whole: Service) -> None:
             await client.generate("def f(x):", max_tokens=3, **EASY).drain()
             await asyncio.sleep(0.5)
             for router in whole.routers:
-                send_signal(router, signal.SIGSTOP)
+                send_signal(router.grpc, signal.SIGSTOP)
             try:
                 return await client.generate("def g(x):", max_tokens=5, **EASY).drain()
             finally:
                 for router in whole.routers:
-                    send_signal(router, signal.SIGCONT)
+                    send_signal(router.grpc, signal.SIGCONT)
 
     (result,) = serial(run())
     assert len(result.token_ids) == 5
@@ -384,20 +384,20 @@ def test_a_frozen_instance_loses_nothing_and_says_nothing_later(whole: Service) 
     """Its requests go on elsewhere; what it still had to say when it wakes up reaches nobody."""
     frozen = whole.instances[0]
     try:
-        found, want = ledger_of(whole, lambda: send_signal(frozen, signal.SIGSTOP))
+        found, want = ledger_of(whole, lambda: send_signal(frozen.grpc, signal.SIGSTOP))
         assert same(found, want)
         assert any(result.receipt["resumed_tokens"] for result in found)
         assert any(frozen.grpc in loss for result in found for loss in result.receipt["losses"])
         asyncio.run(until_usable(whole.addresses, {whole.instances[1].grpc}))
     finally:
-        send_signal(frozen, signal.SIGCONT)
+        send_signal(frozen.grpc, signal.SIGCONT)
     asyncio.run(until_usable(whole.addresses, {instance.grpc for instance in whole.instances}))
 
 
 def test_a_killed_router_loses_nothing(whole: Service) -> None:
     """Placed streams do not notice; forwarded ones go on through the other router."""
     starts = whole.routers[0].num_starts
-    found, want = ledger_of(whole, lambda: send_signal(whole.routers[0], signal.SIGKILL))
+    found, want = ledger_of(whole, lambda: send_signal(whole.routers[0].grpc, signal.SIGKILL))
     assert same(found, want)
     until(lambda: whole.routers[0].num_starts > starts)
 
@@ -407,7 +407,7 @@ def test_a_killed_instance_loses_nothing_and_comes_back(whole: Service, name: st
     """Its requests go on elsewhere, the supervisor restarts it, and the routers use it again."""
     victim = whole.instances[1]
     starts = victim.num_starts
-    found, want = ledger_of(whole, lambda: send_signal(victim, signal.SIGKILL, name))
+    found, want = ledger_of(whole, lambda: send_signal(victim.grpc, signal.SIGKILL, name))
     assert same(found, want)
     assert any(result.receipt["resumed_tokens"] for result in found)
     until(lambda: victim.num_starts > starts)
@@ -434,7 +434,7 @@ def test_bench_faults_finds_the_longest_gap(
     tiny_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command, with one fault: every stream that met it ended, and how long it paused."""
-    options = ["--rounds", "1", "--streams", "4", "--length", "440", "--only", "refused"]
+    options = ["--rounds", "1", "--streams", "4", "--length", "200", "--only", "refused"]
     found = tmp_path / "found.json"
     assert main(["bench-faults", *options, "--model-repository", str(tiny_repository), "--json", str(found)]) == 0
     assert re.search(r"connections refused +\d+ +0 ", capsys.readouterr().out)

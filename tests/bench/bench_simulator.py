@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from slos_serve.loadtest import capacity, exam
+from slos_serve.loadtest import capacity, examine
 from slos_serve.loadtest.cells import draw
 
 HOUR = 3600.0
@@ -22,8 +22,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3.0, help="sessions per second")
     parser.add_argument("--policy", default="slos_serve")
     args = parser.parse_args()
-    cell = exam.Cell("chatbot", "azure_chat", "a100-llama-3-8b", args.policy, 1, 0)
-    scene = exam.scene(cell)
+    cell = examine.Cell("chatbot", "azure_chat", "a100-llama-3-8b", args.policy, 1, 0)
+    scene = examine.scene(cell)
     scene.evaluate(cell.examined().sweep[0], 0.05)  # compiles
     started = time.process_time()
     arrivals = draw(cell.load, args.rate, 1.0, HOUR, cell.seed)
