@@ -34,6 +34,7 @@ SILENT_SECONDS: Final = 0.3  # then the routers are asked whether the instance i
 WATCH_SECONDS: Final = 0.1
 UNREACHABLE_SECONDS: Final = 30.0  # how long an instance that could not be reached gets forwarded requests
 PAUSE_SECONDS: Final = 0.2
+ANSWER_SECONDS: Final = 1.0  # how long a router is waited for that nobody's stream depends on
 HINT_SECONDS: Final = 1.0  # how long advice is followed: loads that old cost no capacity (`slos-serve study-dispatch`)
 # The server is at fault, or going away: another may do better. UNKNOWN is what Triton itself writes.
 _MOVABLE: Final = frozenset({"UNAVAILABLE", "INTERNAL", "UNKNOWN"})
@@ -254,7 +255,7 @@ class RoutedClient:
     async def _suggestion(self, kind: str, fields: Mapping[str, Any]) -> None:
         inputs = input_tensors({**fields, "control": "suggest"})
         with contextlib.suppress(StreamError):  # whoever finds no advice asks for a place
-            async for message, at in self._routers[self._router].responses(inputs, "", PAUSE_SECONDS * 5, Running()):
+            async for message, at in self._routers[self._router].responses(inputs, "", ANSWER_SECONDS, Running()):
                 advice = control_output(message).get("advice", ())
                 until = at + HINT_SECONDS
                 self._hints[kind] = deque(_Hint(str(e["address"]), bool(e["may_decline"]), until) for e in advice)
@@ -311,18 +312,19 @@ class RoutedClient:
             now = time.monotonic()
             silent = [each for each in self._requests if each.address and now - each.running.heard_at > SILENT_SECONDS]
             if silent:
-                usable = await self.usable()
+                usable = await self.usable(SILENT_SECONDS)  # a router that takes longer must not cost a gap
                 for request in silent:
                     if usable is not None and request.address not in usable:
                         request.running.interrupt(f"silent for {SILENT_SECONDS:g} s, and its router gave it up")
 
-    async def usable(self) -> set[str] | None:
-        """Addresses of the instances that a router thinks well of; None when there is none or it does not answer."""
+    async def usable(self, patience: float = ANSWER_SECONDS) -> set[str] | None:
+        """Addresses of the instances that a router thinks well of; None when there is none, or it does not answer
+        within `patience` seconds."""
         router = self._routers[self._router]
         inputs = input_tensors({"control": "watch"})
         try:
             found: set[str] = set()
-            async for message, _ in router.responses(inputs, "", PAUSE_SECONDS * 5, Running()):
+            async for message, _ in router.responses(inputs, "", patience, Running()):
                 found.update(control_output(message).get("usable", ()))
             return found or None
         except StreamError:
