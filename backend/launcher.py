@@ -313,8 +313,8 @@ def diagnose(log: str) -> str:
 class Server:
     """A tritonserver for a test or a demonstration, started on entry and gone without a trace on exit.
 
-    `http`, `grpc` and `metrics` are HOST:PORT. With `supervise` it is restarted when it stops answering, as the
-    command does it; `limits` sets how patiently. Without a `log` file the log is kept until the end only.
+    `http`, `grpc` and `metrics` are HOST:PORT. With `supervise` it is, from entry on, restarted when it stops
+    answering, as the command does it; `limits` sets how patiently. Without a `log` file the log is kept until the end only.
     """
 
     def __init__(
@@ -395,15 +395,15 @@ class Server:
         self._thread = threading.Thread(target=self._run, args=(self._supervisor,), name="supervisor", daemon=True)
         self.exit_code = None
         self._thread.start()
-        self._await_ready(self._thread)
+        self._await_ready(self._thread, self._supervisor)
 
     def _run(self, supervisor: Supervisor) -> None:
         self.exit_code = supervisor.run()
 
-    def _await_ready(self, thread: threading.Thread) -> None:
+    def _await_ready(self, thread: threading.Thread, supervisor: Supervisor) -> None:
         until = time.monotonic() + self._ready_timeout
         while thread.is_alive():
-            if is_ready(self.http, self._models):
+            if is_ready(self.http, self._models) and (supervisor.was_ready or not self._limits):
                 return
             if time.monotonic() > until:
                 raise StartError(self._story(f"not ready after {self._ready_timeout:.0f} s"))

@@ -1,7 +1,8 @@
 """What Triton calls: translate each request, hand it to the engine thread, return at once.
 
 One instance is one engine with its scheduler. The threads are Triton's (`execute`), the engine's (`worker`),
-the senders' (`responder`) and the metrics'. This module and `metrics` alone see Triton's Python interface.
+the senders' (`responder`), the metrics', and one that looks for calls into Triton that hang (`stuck`).
+This module and `metrics` alone see Triton's Python interface.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from .refusal import Refusal, invalid
 from .responder import Reply, Responder
 from .roster import Roster
 from .sessions import Sessions
+from .stuck import EXIT_FAILED, Crossings
 
 log = logging.getLogger(__name__)
 
 SWITCH_SECONDS: Final = 0.0002
 FLUSH_SECONDS: Final = 10.0
-EXIT_FAILED: Final = 70
 # Names of `pb_utils.TritonError`: its values are not there yet when a configuration is completed.
 STATUS: Final[Mapping[str, str]] = {
     "INVALID_ARGUMENT": "INVALID_ARG",
@@ -56,8 +57,9 @@ class TritonOutlet:
     request is cancelled would crash the server.
     """
 
-    def __init__(self, sender: Any) -> None:
+    def __init__(self, sender: Any, crossings: Crossings) -> None:
         self._sender = sender
+        self._crossings = crossings
         self._is_closed = False
 
     @property
@@ -73,21 +75,25 @@ class TritonOutlet:
         self._send(pb_utils.InferenceResponse(error=error), final=True)
 
     def is_cancelled(self) -> bool:
-        return not self._is_closed and bool(self._sender.is_cancelled())
+        if self._is_closed:
+            return False
+        with self._crossings:
+            return bool(self._sender.is_cancelled())
 
     def _send(self, response: Any, final: bool) -> None:
         assert not self._is_closed, "a response after the final one"
-        if not final:
-            self._sender.send(response)
-            return
-        self._is_closed = True
-        sender, self._sender = self._sender, None  # Triton unloads no model while any sender is referred to
-        try:
-            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        except Exception:
-            with contextlib.suppress(Exception):  # without any final flag the caller would wait for ever
-                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            raise
+        with self._crossings:
+            if not final:
+                self._sender.send(response)
+                return
+            self._is_closed = True
+            sender, self._sender = self._sender, None  # Triton unloads no model while any sender is referred to
+            try:
+                sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            except Exception:
+                with contextlib.suppress(Exception):  # without any final flag the caller would wait for ever
+                    sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                raise
 
 
 class TritonPythonModel:
@@ -117,6 +123,7 @@ class TritonPythonModel:
         labels = {"model": args["model_name"], "version": args["model_version"]}
         self._drain = config.shutdown_drain_s
         self._turn = itertools.count(1)
+        self._crossings = Crossings()
         self._metrics = Metrics(TritonExporter(labels))
         self._responder = Responder(config.sender_threads)
         sessions = Sessions(built.codec, config.session_tokens)
@@ -139,6 +146,7 @@ class TritonPythonModel:
             failed=self._exit,
             meter=meter,
         )
+        self._crossings.start()
         self._metrics.start()
         self._herald.start()
         self._responder.start(gone=self._worker.cancel)
@@ -148,7 +156,7 @@ class TritonPythonModel:
         """Take each request on, or answer what is wrong with it."""
         arrived_at = time.monotonic()
         for request in requests:
-            outlet = TritonOutlet(request.get_response_sender())
+            outlet = TritonOutlet(request.get_response_sender(), self._crossings)
             try:
                 self._take(request, outlet, arrived_at)
             except Refusal as refusal:
@@ -164,6 +172,7 @@ class TritonPythonModel:
         self._worker.close(self._drain)
         self._responder.close(FLUSH_SECONDS)
         self._metrics.close()
+        self._crossings.close()
         log.info("unloaded")
 
     def _take(self, request: Any, outlet: TritonOutlet, arrived_at: float) -> None:

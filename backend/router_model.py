@@ -30,6 +30,7 @@ from .router_config import read_router_config
 from .router_dispatch import Dispatcher, too_many
 from .router_fleet import Instances
 from .router_members import Members
+from .stuck import Crossings
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class TritonPythonModel:
         version_dir = Path(args["model_repository"]) / args["model_version"]
         self._config = read_router_config(version_dir)
         self._loop = asyncio.new_event_loop()
+        self._crossings = Crossings()
         self._calls: dict[str, Call] = {}
         self._tasks: dict[Call, asyncio.Task[None]] = {}
         self._instances = Instances(self._config)
@@ -65,6 +67,7 @@ class TritonPythonModel:
         self._members = Members(self._config, version_dir, self._instances.change)
         self._thread = threading.Thread(target=self._loop.run_forever, name="router", daemon=True)
         self._thread.start()
+        self._crossings.start()
         self._run(self._members.look()).result(CLOSE_SECONDS)
         self._background = [self._run(each) for each in (self._members.run(), self._instances.attend(), self._poll())]
 
@@ -72,7 +75,7 @@ class TritonPythonModel:
         """Take each request on, or answer what is wrong with it."""
         now = time.monotonic()
         for request in requests:
-            outlet = TritonOutlet(request.get_response_sender())
+            outlet = TritonOutlet(request.get_response_sender(), self._crossings)
             try:
                 self._take(request, outlet, now)
             except Refusal as refusal:
@@ -88,6 +91,7 @@ class TritonPythonModel:
         self._run(self._close()).result(CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_SECONDS)
+        self._crossings.close()
 
     def _run(self, work: Coroutine[Any, Any, None]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop)

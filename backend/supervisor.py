@@ -208,7 +208,7 @@ class Supervisor:
         self._process: ServerProcess | None = None
         self._stopping = False
         self._killing = False
-        self._was_ready = False
+        self.was_ready = False
         self.num_starts = 0
 
     @property
@@ -232,9 +232,9 @@ class Supervisor:
             _LOG.error("server %d is not well: %s", self._process.pid, cause)
             self._process.ask_to_exit()
             code = self._process.end(_KILL_SECONDS)
-            delay = self._restarts.delay(time.monotonic()) if self._was_ready else None
+            delay = self._restarts.delay(time.monotonic()) if self.was_ready else None
             if delay is None:
-                _LOG.error("giving up: %s", "it never became ready" if not self._was_ready else "it failed too often")
+                _LOG.error("giving up: %s", "it never became ready" if not self.was_ready else "it failed too often")
                 return code if code > 0 else 1
             _LOG.warning("restart in %.0f s", delay)
             if not self._sleep(delay):
@@ -266,8 +266,8 @@ class Supervisor:
                 cause = rounds.look(time.monotonic())
                 if cause:
                     return cause
-                if rounds.is_ready and not self._was_ready:
-                    self._was_ready = True
+                if rounds.is_ready and not self.was_ready:
+                    self.was_ready = True
             time.sleep(_TICK)
         return None
 

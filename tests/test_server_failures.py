@@ -86,6 +86,27 @@ def test_a_killed_engine_is_noticed_and_replaced(server: Server, second: Server)
     assert second.num_starts == 2
 
 
+def test_an_engine_whose_server_takes_no_responses_leaves(second: Server) -> None:
+    """As where the server's gRPC streams have locked up: no health check sees that, so the engine's process ends and
+    the supervisor restarts the server."""
+    before = second.num_starts
+    frozen = second.pid
+    assert frozen is not None
+
+    async def run() -> Result:
+        async with SlosClient(second.grpc) as client:
+            stream = client.generate(QUESTION, max_tokens=450, temperature=5.0, ignore_eos=True)
+            await anext(aiter(stream))
+            os.kill(frozen, signal.SIGSTOP)
+            with pytest.raises(StreamError):
+                await asyncio.wait_for(stream.drain(), PATIENCE)
+        return await asyncio.wait_for(ask_until_answered(second), PATIENCE)
+
+    assert asyncio.run(run()).token_ids
+    assert second.num_starts == before + 1
+    assert "leaving, because the server has not taken a response" in second.log.read_text()
+
+
 def test_wrong_settings_stop_the_start_with_a_message(tiny_repository: Path, tmp_path: Path) -> None:
     """The log of the failed start names the file, the key and what was got."""
     shutil.copytree(tiny_repository, tmp_path / "repository")
