@@ -314,7 +314,8 @@ class Server:
     """A tritonserver for a test or a demonstration, started on entry and gone without a trace on exit.
 
     `http`, `grpc` and `metrics` are HOST:PORT. With `supervise` it is, from entry on, restarted when it stops
-    answering, as the command does it; `limits` sets how patiently. Without a `log` file the log is kept until the end only.
+    answering, as the command does it; `limits` sets how patiently. Without a `log` file the log is kept until the end
+    only.
     """
 
     def __init__(
