@@ -31,7 +31,7 @@ class RouterConfig:
     refresh_s: float = 1.0
     # Without a sign of life for so long an instance is suspected, and its requests move: less moves them sooner,
     # and by mistake when the machine is busy.
-    silent_s: float = 0.6
+    silent_s: float = 0.5
     # The same for an engine whose process answers.
     stalled_s: float = 4.0
     # How long a request waits for an instance when there is none; then UNAVAILABLE.
